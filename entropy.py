@@ -1,0 +1,137 @@
+"""
+Attention entropy, and the regularizer of "Entropy-Guided Attention for Private LLMs" (arXiv 2501.03489).
+
+Self-contained (torch only): copy this file into any project that can show its attention weights, e.g. a
+Hugging Face model called with `output_attentions=True`. All entropies are in nats.
+
+- attention_entropy: eq. 7, from attention weights, finite gradients at A = 0, no extra T x T tensor kept
+- attention_with_entropy: causal attention that returns its output and its entropy in one go
+- EntropyRegularizer: Algorithm 1 with its learnable per-head thresholds, in three readings
+- quartile_distribution: which share of the heads is collapsed, well-behaved, overloaded
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class _Entropy(torch.autograd.Function):
+    """
+    -sum_j A_j log(A_j + eps), saving nothing but A (which softmax's own backward keeps anyway).
+
+    Written by hand for two reasons: torch.special.entr has an infinite derivative at A = 0, so NaN under any
+    causal mask; and autograd on the plain formula would keep two more T x T tensors per layer.
+    """
+
+    @staticmethod
+    def forward(ctx, A, eps):
+        ctx.save_for_backward(A)
+        ctx.eps = eps
+        return -(A * (A + eps).log()).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (A,) = ctx.saved_tensors
+        # d/dA = -log(A + eps) - A / (A + eps). The second term is 1 wherever A matters, and where A is not
+        # large against eps softmax's backward multiplies it by A: leaving the 1 saves a division per entry.
+        return ((A + ctx.eps).log() + 1) * -grad.unsqueeze(-1), None
+
+
+def attention_entropy(A, eps=1e-9):
+    """
+    Shannon entropy of each row of attention weights, eq. 7 before its mean over query positions.
+
+    A: (..., T, T) non-negative, rows summing to 1 (masked entries 0) -> (..., T) nats, in [0, log T].
+    Computed in float32 at least: in bfloat16 the sum loses whole tenths of a nat.
+    """
+    return _Entropy.apply(A if A.dtype == torch.float64 else A.float(), eps)
+
+
+def attention_with_entropy(q, k, v):
+    """
+    Causal softmax attention and its entropy: y = A v, A = softmax(q k^T / sqrt(d_k)) over j <= i.
+
+    q, k, v: (B, H, T, d_k) -> y (B, H, T, d_k) in v's dtype, entropy (B, H, T) nats in float32.
+    A temperature per query position (eq. 9) is a division of q by it, done by the caller.
+    """
+    T, d_k = q.shape[-2:]
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    s = (q @ k.transpose(-2, -1)) / math.sqrt(d_k)
+    A = F.softmax(s.masked_fill(future, float("-inf")), dim=-1)
+    return A.to(v.dtype) @ v, attention_entropy(A)
+
+
+def max_entropy(T):
+    """E_max = log T nats: a uniform row over all T keys. The reference of thresholds and margin (Algorithm 1)."""
+    return math.log(T)
+
+
+def max_causal_entropy(T):
+    """
+    log(T!)/T nats, the most a causal head can reach: row i sees only i keys, so at most log i, and this is the
+    mean over rows (3.87 at T = 128, where log T = 4.85).
+    """
+    return math.lgamma(T + 1) / T
+
+
+def quartile_distribution(head_entropy, maximum=None):
+    """
+    Share of the heads in [0, M/4), [M/4, M/2), [M/2, 3M/4), [3M/4, M] (Figure 2a).
+
+    head_entropy: (L, H) or any shape, one mean entropy per head, nats. M = `maximum`, by default the largest
+    head observed, as in the paper. Returns 4 shares that sum to 1. Many heads in the last quarter is entropic
+    overload; heads near 0 in deep layers, in the first, entropy collapse. ValueError if an entropy is not finite.
+    """
+    e = torch.as_tensor(head_entropy, dtype=torch.float32).flatten()
+    if not torch.isfinite(e).all():
+        raise ValueError("head entropies must be finite; the model that gave these has diverged")
+    M = float(e.max()) if maximum is None else maximum
+    quarter = (4 * e / M).long().clamp(0, 3) if M > 0 else torch.zeros_like(e, dtype=torch.long)
+    return (torch.bincount(quarter, minlength=4) / e.numel()).tolist()
+
+
+class EntropyRegularizer(nn.Module):
+    """
+    Algorithm 1: L_total = L_CE + lambda_entropy * regularizer(entropy). This module is the second factor.
+
+        E_max = log T,  margin = gamma * E_max
+        deviation(l, h) = E(l, h) - threshold(l, h) * E_max
+        penalty = deviation^2 where |deviation| > margin, else 0;  mean over heads, then over layers
+
+    threshold: (L, H), learnable, a fraction of E_max; give it to the optimizer without weight decay.
+
+    The paper can be read in three ways, which differ by large factors; `reduction` chooses:
+    - "mean" (default): the deviation of every query position, averaged over batch and positions. Does not depend
+      on the batch size. The paper's lambda of 1e-5 is for the sum below over 128 x 128 positions, so 0.164 here
+      gives the same gradient.
+    - "sum": the same deviations summed over batch and positions: Appendix B and the authors' code, to the letter.
+      lambda = 1e-5 (CodeParrot) belongs to it, and it grows with the batch.
+    - "head": Algorithm 1 as printed: the entropy is first averaged over query positions (eq. 7), then penalised;
+      averaged over the batch.
+    """
+
+    def __init__(self, n_layer, n_head, gamma=0.2, threshold_init=0.5, reduction="mean"):
+        super().__init__()
+        if reduction not in ("mean", "sum", "head"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'head', and is {reduction!r}")
+        self.threshold = nn.Parameter(torch.full((n_layer, n_head), float(threshold_init)))
+        self.gamma = gamma
+        self.reduction = reduction
+
+    def forward(self, entropy):
+        """
+        entropy: (L, B, H, T) nats, or a list of L tensors (B, H, T): what attention_entropy gives per layer.
+        Returns a scalar, nats^2. ValueError if L or H are not the thresholds'.
+        """
+        entropy = torch.stack(tuple(entropy)) if isinstance(entropy, (list, tuple)) else entropy
+        L, B, H, T = entropy.shape
+        if (L, H) != tuple(self.threshold.shape):
+            raise ValueError(f"entropy has {L} layers of {H} heads, the thresholds {tuple(self.threshold.shape)}")
+        E_max = max_entropy(T)
+        if self.reduction == "head":
+            entropy = entropy.mean(-1, keepdim=True)
+        deviation = entropy - self.threshold[:, None, :, None] * E_max
+        penalty = torch.where(deviation.abs() > self.gamma * E_max, deviation, 0.0).square()
+        # every layer has the same number of heads: the mean of means is one mean
+        return penalty.sum() / (L * H) if self.reduction == "sum" else penalty.mean()

@@ -1,0 +1,40 @@
+"""Shared by all tests: the repository on sys.path, a way to run its scripts, and one small corpus of real Python."""
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def run(script, *args, status=0, timeout=240):
+    """Run `python script args` from the repository and return stdout + stderr, having checked the exit status."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}  # no test waits for a network
+    done = subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, env=env, timeout=timeout,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == status, f"exit {done.returncode}, wanted {status}:\n{done.stdout}"
+    if status:
+        assert "Traceback" not in done.stdout, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """A folder of real Python files: three packages of the standard library."""
+    folder = tmp_path_factory.mktemp("source")
+    for package in ("asyncio", "email", "unittest"):
+        for path in sorted((Path(sysconfig.get_path("stdlib")) / package).glob("*.py")):
+            (folder / f"{package}_{path.name}").write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(source, tmp_path_factory):
+    """A data_dir with the dataset "mine", prepared from `source` with a vocabulary of 512."""
+    folder = tmp_path_factory.mktemp("data")
+    run("data/prepare.py", f"--data_dir={folder}", f"--train_source={source}", "--name=mine", "--vocab_size=512")
+    return folder

@@ -1,0 +1,139 @@
+"""entropy.py against plain loops written from the paper's text."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from entropy import (EntropyRegularizer, attention_entropy, attention_with_entropy, max_causal_entropy, max_entropy,
+                     quartile_distribution)
+
+L, B, H, T, D = 3, 2, 4, 16, 8
+
+
+def causal(scores):
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+
+
+def attention(seed=0, scale=2.0, shape=(B, H, T, T)):
+    torch.manual_seed(seed)
+    return F.softmax(causal(scale * torch.randn(shape, dtype=torch.float64)), -1)
+
+
+def test_uniform_and_one_hot():
+    assert torch.allclose(attention_entropy(torch.full((T, T), 1 / T)), torch.tensor(max_entropy(T)), atol=1e-5)
+    assert torch.equal(attention_entropy(torch.eye(T)), torch.zeros(T))
+    uniform = F.softmax(causal(torch.zeros(128, 128)), -1)
+    assert attention_entropy(uniform).mean() == pytest.approx(max_causal_entropy(128), abs=1e-5)
+    assert max_causal_entropy(128) == pytest.approx(3.87, abs=0.01) and max_entropy(128) == pytest.approx(4.85, abs=0.01)
+
+
+def test_equation_7_is_equation_10():
+    s = causal(3 * torch.randn(B, H, T, T, dtype=torch.float64))
+    A = F.softmax(s, -1)
+    eq10 = s.logsumexp(-1) - (A * s.masked_fill(s.isinf(), 0)).sum(-1)
+    assert torch.allclose(attention_entropy(A), eq10, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 60.0])  # 60: heads collapsed to one-hot rows
+def test_gradient_is_the_plain_formulas_and_finite(scale):
+    torch.manual_seed(0)
+    s = (scale * torch.randn(B, H, T, T, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(B, H, T, dtype=torch.float64)
+    A = F.softmax(causal(s), -1)
+    (ours,) = torch.autograd.grad((attention_entropy(A) * weight).sum(), s, retain_graph=True)
+    plain = -(A * (A + 1e-9).log()).sum(-1)
+    (theirs,) = torch.autograd.grad((plain * weight).sum(), s)
+    assert ours.isfinite().all()
+    assert torch.allclose(ours, theirs, atol=1e-7)
+    (at_zero,) = torch.autograd.grad(attention_entropy(a := torch.eye(T, requires_grad=True)).sum(), a)
+    assert at_zero.isfinite().all()  # torch.special.entr gives infinities here
+
+
+def test_entropy_keeps_no_further_T_by_T_tensor():
+    A, kept = attention().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attention_entropy(A)
+    assert [t.data_ptr() for t in kept if t.numel() >= A.numel()] == [A.data_ptr()]
+
+
+def test_bfloat16_weights_are_summed_in_float32():
+    A = attention().float()
+    assert attention_entropy(A.bfloat16()).dtype == torch.float32
+    assert torch.allclose(attention_entropy(A.bfloat16()), attention_entropy(A), atol=0.02)
+
+
+def test_attention_with_entropy_is_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, B, H, T, D).unbind()
+    y, entropy = attention_with_entropy(q, k, v)
+    assert torch.allclose(y, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+    A = F.softmax(causal(q @ k.mT / math.sqrt(D)), -1)
+    assert torch.allclose(entropy, attention_entropy(A), atol=1e-6)
+
+
+def by_loops(A, threshold, gamma, reading):
+    """Algorithm 1 and Appendix B, a number at a time. A: L tensors (B, H, T, T)."""
+    E_max = math.log(T)
+    total = 0.0
+    for l in range(L):
+        layer = 0.0
+        for h in range(H):
+            head = 0.0
+            for b in range(B):
+                rows = [-sum(p * math.log(p + 1e-9) for p in row) for row in A[l][b, h].tolist()]
+                if reading == "head":
+                    rows = [sum(rows) / T]
+                for E in rows:
+                    deviation = E - threshold[l][h] * E_max
+                    head += deviation**2 if abs(deviation) > gamma * E_max else 0.0
+            layer += {"sum": head, "mean": head / (B * T), "head": head / B}[reading]
+        total += layer / H
+    return total / L
+
+
+@pytest.mark.parametrize("reading", ["mean", "sum", "head"])
+@pytest.mark.parametrize("gamma", [0.0, 0.2])
+def test_regularizer_is_the_double_loop(reading, gamma):
+    A = [attention(seed) for seed in range(L)]
+    regularizer = EntropyRegularizer(L, H, gamma, reduction=reading).double()
+    with torch.no_grad():
+        regularizer.threshold.uniform_(0.1, 0.9)
+    entropies = [attention_entropy(a) for a in A]
+    wanted = by_loops(A, regularizer.threshold.tolist(), gamma, reading)
+    assert regularizer(entropies).item() == pytest.approx(wanted, rel=1e-9) and wanted > 0
+    assert torch.equal(regularizer(entropies), regularizer(torch.stack(entropies)))
+
+
+def test_readings_agree_where_the_paper_used_them():
+    """lambda = 1e-5 on the authors' sum over 128 x 128 positions is lambda = 0.164 on the mean, whatever the batch."""
+    entropy = torch.rand(L, 128, H, 128, dtype=torch.float64) * 4
+    of_sum, of_mean = (EntropyRegularizer(L, H, reduction=r).double()(entropy) for r in ("sum", "mean"))
+    assert (1e-5 * of_sum).item() == pytest.approx(0.164 * of_mean.item(), rel=2e-3)
+    twice = EntropyRegularizer(L, H).double()(torch.cat((entropy, entropy), 1))
+    assert twice.item() == pytest.approx(of_mean.item())
+
+
+def test_margin_and_thresholds():
+    regularizer = EntropyRegularizer(L, H, gamma=0.2, threshold_init=0.5)
+    assert regularizer.threshold.shape == (L, H) and (regularizer.threshold == 0.5).all()
+    inside = torch.full((L, B, H, T), 0.65 * math.log(T))
+    assert regularizer(inside) == 0
+    outside = torch.full((L, B, H, T), 0.8 * math.log(T), requires_grad=True)
+    regularizer(outside).backward()
+    assert (outside.grad > 0).all() and (regularizer.threshold.grad < 0).all()  # entropy pushed down, thresholds up
+
+
+def test_regularizer_refuses():
+    with pytest.raises(ValueError, match="reduction must be"):
+        EntropyRegularizer(L, H, reduction="max")
+    with pytest.raises(ValueError, match="3 layers of 5 heads"):
+        EntropyRegularizer(L, H)(torch.rand(3, B, 5, T))
+
+
+def test_quartiles():
+    assert quartile_distribution([0.0, 0.9, 1.0, 2.0, 3.0, 4.0, 3.9, 2.9]) == [2 / 8, 1 / 8, 2 / 8, 3 / 8]
+    assert quartile_distribution(torch.tensor([[1.0, 2.0]]), maximum=8) == [0.5, 0.5, 0, 0]
+    assert quartile_distribution([0.0, 0.0]) == [1, 0, 0, 0]
+    with pytest.raises(ValueError, match="finite"):
+        quartile_distribution([1.0, math.nan])
