@@ -37,7 +37,7 @@ eval_interval = 250         # steps between evaluations; each also writes a chec
 eval_windows = 256          # validation windows of block_size tokens, the same ones every time
 log_interval = 10           # steps between log lines
 log_to = ""                 # also to "tensorboard" or "wandb" (installed by you)
-sample_prompt = "def "      # a sample is generated from this at the end
+sample_prompt = "def"       # a sample is generated from this at the end
 sample_tokens = 100         # its length in tokens, 0 for none
 # data
 dataset = "pycode"          # folder under data_dir, made by data/prepare.py

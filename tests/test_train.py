@@ -39,7 +39,7 @@ def test_a_real_run_learns(data_dir, tmp_path):
     assert [r["step"] for r in steps] == [10, 20, 30, 40, 50] and all(r["entropy_term"] == 0 and r["loss"] == r["ce"] for r in steps)
     done = log[-1]
     assert done["event"] == "done" and done["val_ppl"] == evals[2]["val_ppl"] and done["arch"] == "SM+ScFuFFN" and done["tokens"] == 50 * 8 * 32
-    assert done["sample"].startswith("def ") and done["sample"] in out
+    assert done["sample"].startswith("def") and done["sample"] in out
     for text in ("device cpu", "SM+ScFuFFN", "unigram", "nonlinear ops: SM 4 x 32x32", "tok/s", "left"):
         assert text in out, out
 
