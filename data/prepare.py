@@ -52,7 +52,7 @@ RECIPES = {
     "codeparrot": dict(train_source="huggingface-course/codeparrot-ds-train", val_source="huggingface-course/codeparrot-ds-valid",
                        column="content", tokenizer="huggingface-course/code-search-net-tokenizer", piece=128),
     # Languini's books3 is no longer distributed, and its vocabulary is SentencePiece: PG-19 and our BPE stand in
-    "languini": dict(train_source="emozilla/pg19", column="text", tokenizer="train", vocab_size=16384, piece=0,
+    "languini": dict(train_source="emozilla/pg19", val_source="emozilla/pg19", column="text", tokenizer="train", vocab_size=16384, piece=0,
                      tokenizer_source="Salesforce/wikitext:wikitext-103-raw-v1"),
 }
 EOT = "<|endoftext|>"
@@ -230,6 +230,8 @@ def main():
         given["corpus"] = globals()["corpus"] = "own"
     if corpus not in RECIPES:
         die(f"corpus must be one of {', '.join(RECIPES)}, and is {corpus!r}", 2)
+    if "train_source" in given:
+        given.setdefault("val_source", "")  # own documents are not validated on the recipe's
     globals().update({k: v for k, v in RECIPES[corpus].items() if k not in given})
     if corpus == "own" and not (train_source and name):
         die("your own text needs --train_source=FOLDER and --name=NAME", 2)

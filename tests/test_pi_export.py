@@ -1,0 +1,73 @@
+"""pi_export.py: every folding exact in float64, and the exported model equal to model.py's."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from test_model import ARCHITECTURES, SMALL, build, tokens
+
+jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
+
+from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
+from pi_export import export, forward, load_weights  # noqa: E402
+
+
+def one_hot(idx, dtype=np.float64):
+    return np.eye(SMALL["vocab_size"], dtype=dtype)[idx.numpy()]
+
+
+VARIANTS = {**ARCHITECTURES, "SM+WNorm(QKVO+FFN)": dict(use_layernorm=False, use_gelu=False, weight_norm="qkvo+ffn"),
+            "GPT-2's biases": dict(bias=True, gelu_tanh=True), "softmax only with biases": dict(ARCHITECTURES["SM+ScFFN"], bias=True),
+            "SM+LN+ScFuFFN": dict(use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True), "SM+R+ScFFN": dict(ARCHITECTURES["SM+R"], learnable_ffn_scale=True)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("T", [16, 7])
+def test_foldings_are_exact(name, T):
+    """Every parameter off its initial value, float64 throughout: what is left is rounding."""
+    model, idx = build(**VARIANTS[name]), tokens(B=1, T=T)
+    with jax.experimental.enable_x64():
+        logits = np.asarray(forward(export(model, np.float64), model.config, one_hot(idx[0])))
+    wanted = model(idx)[0][0].detach().numpy()
+    assert logits.dtype == np.float64 and np.abs(logits - wanted).max() < 1e-11 * max(1, np.abs(wanted).max())
+
+
+def test_a_softmax_only_block_is_two_matrices():
+    """Q, K, V in one and all the rest in the other: no projection, no FFN, no scale, no norm is left to multiply."""
+    for name in ("SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN"):
+        block = export(build(**ARCHITECTURES[name]))["blocks"][0]
+        assert {k: v.shape for k, v in block.items()} == {"qkv": (8, 24), "qkv_b": (24,), "out": (16, 8)}, name
+    assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks"][0]["inverse_t"].shape == (2, 16, 1)
+    assert {k: v.shape for k, v in export(build(**ARCHITECTURES["SM+LN"]))["blocks"][0].items()} == \
+        {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8), "ffn": (8, 8), "ffn_b": (8,)}
+
+
+@pytest.mark.parametrize("arch", ["ereg_sm_t_scfuffn", "sm_ln_g", "sm_snorm_ffn"])
+def test_a_trained_checkpoint(arch, data_dir, tmp_path):
+    """train.py -> pi_export.py -> server.npz, in float32: the same logits to 1e-4."""
+    run("train.py", f"config/{arch}.py", "--dataset=mine", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=50", "--n_layer=3",
+        "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=4", "--sample_tokens=0", "--learning_rate=1e-2")
+    run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out={tmp_path / 'private'}")
+    public = json.loads((tmp_path / "private" / "public.json").read_text())
+    config, tree = GPTConfig(**public["config"]), load_weights(tmp_path / "private" / "server.npz")
+    model = GPT.from_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert config == model.config and public["tokenizer"]["ranks"]
+    assert public["shapes"] == {k: list(v.shape) for k, v in np.load(tmp_path / "private" / "server.npz").items()}
+    idx = torch.from_numpy(np.fromfile(data_dir / "mine" / "val.bin", np.uint16)[:32].astype(np.int64))
+    logits = np.asarray(forward(tree, config, np.eye(config.vocab_size, dtype=np.float32)[idx.numpy()]))
+    wanted = model(idx[None])[0][0].detach().numpy()
+    assert np.abs(logits - wanted).max() < 1e-4 and np.abs(wanted).max() > 1
+
+
+def test_what_goes_wrong_is_said(tmp_path):
+    assert "error: no checkpoint at" in run("pi_export.py", f"--ckpt={tmp_path / 'none.pt'}", status=1)
+    (tmp_path / "ckpt.pt").write_bytes(b"PK not a checkpoint")
+    assert "not a whole checkpoint" in run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", status=1)
+    save_checkpoint(str(tmp_path / "ckpt.pt"), GPT(GPTConfig(**SMALL)))
+    assert "error:" in run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", "--out=/dev/null/x", status=1)
+    run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out={tmp_path}")
+    whole = (tmp_path / "server.npz").read_bytes()
+    (tmp_path / "server.npz").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="not a whole server.npz"):
+        load_weights(tmp_path / "server.npz")
