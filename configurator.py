@@ -35,7 +35,7 @@ def cast(key, value, default, where):
         return value
     if kind is float and type(value) is int:
         return float(value)
-    if kind is int and type(value) is float and value == int(value):
+    if kind is int and type(value) is float and value.is_integer():
         return int(value)
     die(f"{where}: {key} must be {kind.__name__}, like {default!r}, and is {value!r}", 2)
 
@@ -46,7 +46,7 @@ def parse(text, default):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except Exception:  # literal_eval raises whatever the text makes Python raise
         return text  # left a str, so that cast() names the type it should have had
 
 

@@ -83,7 +83,7 @@ def quartile_distribution(head_entropy, maximum=None):
     head observed, as in the paper. Returns 4 shares that sum to 1. Many heads in the last quarter is entropic
     overload; heads near 0 in deep layers, in the first, entropy collapse. ValueError if an entropy is not finite.
     """
-    e = torch.as_tensor(head_entropy, dtype=torch.float32).flatten()
+    e = torch.as_tensor(head_entropy, dtype=torch.float32).detach().flatten()
     if not torch.isfinite(e).all():
         raise ValueError("head entropies must be finite; the model that gave these has diverged")
     M = float(e.max()) if maximum is None else maximum

@@ -249,7 +249,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, device="cpu"):
         """The model of a checkpoint written by train.py, in eval mode. Raises what load_checkpoint raises."""
-        checkpoint = load_checkpoint(path, device)
+        checkpoint = load_checkpoint(path)
         model = cls(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval()
@@ -313,21 +313,31 @@ def gpt2_state_dict(theirs, n_layer, d):
 
 
 def save_checkpoint(path, model, **rest):
-    """Write model, its config and `rest` to path so that an interruption leaves the old file or the new one, never half of one."""
-    torch.save({"model": model.state_dict(), "model_config": asdict(model.config), **rest}, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def load_checkpoint(path, device="cpu"):
     """
-    The dict that save_checkpoint wrote: "model", "model_config" and whatever train.py added.
-    Raises FileNotFoundError, or ValueError if the file is truncated, damaged or something else.
+    Write model, its config and `rest` to path, so that an interruption leaves the old file or the new one, never half
+    of one. Raises OSError if it can't be written; the old file is then as it was.
+    """
+    try:
+        torch.save({"model": model.state_dict(), "model_config": asdict(model.config), **rest}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise OSError(f"can't write {path}: {e}") from e
+
+
+def load_checkpoint(path):
+    """
+    The dict that save_checkpoint wrote, on the CPU: "model", "model_config" and whatever train.py added.
+    Raises OSError if it can't be read, ValueError if it is truncated, damaged or something else.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}: train one first with python train.py, or name another")
+    with open(path, "rb"):
+        pass  # no permission is an OSError of its own; torch raises one on a truncated file, too
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        GPTConfig(**checkpoint["model_config"])
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        GPT(GPTConfig(**checkpoint["model_config"])).load_state_dict(checkpoint["model"])
     except Exception as e:  # torch.load fails in many ways on a broken file
         raise ValueError(f"{path} is not a whole checkpoint of train.py (truncated, damaged or of another program; "
                          f"{type(e).__name__}): delete it or name another") from e

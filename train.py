@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -21,11 +22,13 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import torch
 
 from configurator import configure, die, setting_names
+from data.prepare import load_tokenizer
 from entropy import EntropyRegularizer, max_causal_entropy
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
@@ -86,12 +89,13 @@ compile = "auto"            # auto (on CUDA) | yes | no: torch.compile
 
 SETTINGS = setting_names(globals())
 given = configure(globals())
+out_dir, data_dir = os.path.expanduser(out_dir), os.path.expanduser(data_dir)
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 HERE = {"out_dir", "init_from", "data_dir", "device", "dtype", "compile", "log_to"}  # not carried over by resume
 FIXED = {*MODEL_KEYS, "dataset", "batch_size", "grad_accum", "seed", "entropy_reg"}  # resume can't change these
 ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
 
-checkpoint = None
+checkpoint, resumed = None, init_from == "resume"
 if init_from == "resume":
     try:
         checkpoint = load_checkpoint(ckpt_path)
@@ -100,19 +104,25 @@ if init_from == "resume":
                 die(f"{ckpt_path} was trained with {key}={value!r}: resume can't change it to {given[key]!r}", 2)
             if key not in given and key not in HERE:
                 globals()[key] = value
-    except (FileNotFoundError, ValueError) as e:
+    except (OSError, ValueError) as e:
         die(e)
     except KeyError as e:
         die(f"{ckpt_path} has no {e}, which resuming needs: it was not written by this train.py")
+    if checkpoint["step"] and not lr_decay_iters and max_iters != checkpoint["settings"]["max_iters"]:
+        print(f"note: max_iters was {checkpoint['settings']['max_iters']} and is {max_iters}, which stretches the learning rate's decay; "
+              f"--lr_decay_iters={checkpoint['settings']['max_iters']} would keep it")
 elif init_from != "scratch":
     die(f"init_from must be scratch or resume, and is {init_from!r}", 2)
 for key, allowed in dict(lr_decay=("linear", "cosine"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"),
                          log_to=("", "tensorboard", "wandb"), reduction=("mean", "sum", "head")).items():
     if globals()[key] not in allowed:
         die(f"{key} must be one of {', '.join(map(repr, allowed))}, and is {globals()[key]!r}", 2)
-for key in ("batch_size", "grad_accum", "eval_interval", "eval_windows", "log_interval"):
-    if globals()[key] < 1:
-        die(f"{key} must be at least 1, and is {globals()[key]}", 2)
+for least, keys in ((1, "batch_size grad_accum eval_interval eval_windows log_interval"),
+                    (0, "sample_tokens vocab_size max_iters lr_decay_iters learning_rate min_lr warmup weight_decay beta1 beta2 grad_clip seed "
+                        "lambda_entropy gamma")):
+    for key in keys.split():
+        if not least <= globals()[key] < (1 if key in ("beta1", "beta2") else math.inf):
+            die(f"{key} must be at least {least}{' and below 1' if key in ('beta1', 'beta2') else ''}, and is {globals()[key]}", 2)
 try:  # before anything is prepared: a vocabulary of 0 is filled in once the data is there
     GPTConfig(**{key: globals()[key] for key in MODEL_KEYS} | {"vocab_size": vocab_size or 1})
 except ValueError as e:
@@ -129,8 +139,9 @@ def choose_machine():
         die(f"device {name!r} can't be used: {str(e).splitlines()[0]}")
     kind = torch.device(name).type
     if kind == "cuda":
-        fast, why = torch.cuda.is_bf16_supported(), f"{torch.cuda.get_device_name(name)}"
-        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
+        fast, why = torch.cuda.get_device_capability(name) >= (8, 0), torch.cuda.get_device_name(name)
+        if dtype != "float32":
+            torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     elif kind == "cpu":
         fast = torch.cpu._is_amx_tile_supported()
         why = f"{torch.get_num_threads()} threads, {'has' if fast else 'no'} AMX, {'which makes bf16 fast' if fast else 'so bf16 would be slower'}"
@@ -167,9 +178,12 @@ def open_data():
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prepare.py")
     if not os.path.exists(os.path.join(folder, "meta.json")):
         if dataset != "pycode":
-            piece = f" --piece={block_size} --name={dataset}" if dataset.startswith("codeparrot_") else ""
-            die(f"no dataset in {folder}: run python data/prepare.py --corpus={dataset.split('_')[0]}{piece} on a machine that "
-                f"reaches the Hugging Face hub, and copy data/{dataset} here if that is another one")
+            where = "" if data_dir == "data" else f" --data_dir={data_dir}"
+            if dataset.split("_")[0] in ("codeparrot", "languini"):
+                piece = f" --piece={block_size} --name={dataset}" if dataset.startswith("codeparrot_") else ""
+                die(f"no dataset in {folder}: run python data/prepare.py --corpus={dataset.split('_')[0]}{piece}{where} on a machine "
+                    f"that reaches the Hugging Face hub, and copy {folder} here if that is another one")
+            die(f"no dataset in {folder}: prepare your own text with python data/prepare.py --name={dataset} --train_source=FOLDER{where}")
         print("preparing pycode: the Python files of this interpreter's library and packages, once", flush=True)
         if subprocess.run([sys.executable, script, f"--data_dir={data_dir}"]).returncode:
             die("data/prepare.py failed, see above")
@@ -177,10 +191,12 @@ def open_data():
         meta, spec = (json.load(open(os.path.join(folder, f))) for f in ("meta.json", "tokenizer.json"))
         train, val = (np.memmap(os.path.join(folder, f"{part}.bin"), dtype=np.uint16, mode="r") for part in ("train", "val"))
         sizes = len(train), len(val)
-        if sizes != (meta["train_tokens"], meta["val_tokens"]):
-            raise ValueError(f"meta.json tells of {meta['train_tokens']} and {meta['val_tokens']} tokens, the bins hold {sizes}")
-    except (OSError, ValueError, KeyError) as e:
-        die(f"the dataset in {folder} is damaged ({e}): delete that folder and prepare it again")
+        told, _ = (meta["train_tokens"], meta["val_tokens"]), (meta["piece"], meta["vocab_size"], meta["sha256"])
+        if sizes != told:
+            raise ValueError(f"meta.json tells of {told} tokens, the bins hold {sizes}")
+        load_tokenizer(spec)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        die(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete that folder and prepare it again")
     if meta["piece"] not in (0, block_size):
         die(f"{folder} is cut into pieces of {meta['piece']} tokens and block_size is {block_size}: prepare it with --piece={block_size}")
     if min(sizes) <= block_size:
@@ -230,6 +246,10 @@ largest = max(int(part[i:i + 2**26].max()) for part in (train_tokens, val_tokens
 if largest >= vocab_size:
     die(f"the dataset has token {largest}, and vocab_size={vocab_size} ends at {vocab_size - 1}: "
         f"leave vocab_size=0, or set it to {meta['vocab_size']} at least")
+tokenizer = load_tokenizer(tokenizer_spec)
+prompt = tokenizer.encode_ordinary(sample_prompt)
+if sample_tokens and not prompt:
+    die("sample_prompt is empty: give a word, or --sample_tokens=0", 2)
 if checkpoint and checkpoint["data_sha256"] != meta["sha256"]:
     die(f"{ckpt_path} was trained on other data than {data_dir}/{dataset} holds now (sha256 {checkpoint['data_sha256'][:16]}, "
         f"here {meta['sha256'][:16]}): resuming needs the same bins")
@@ -252,10 +272,12 @@ step = 0  # steps done
 if checkpoint:
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, fresh in zip(optimizer.param_groups, groups):  # settings may have been changed on the command line
+        group |= {"betas": (beta1, beta2), "weight_decay": fresh["weight_decay"], "fused": device_type != "mps"}
     if regularizer:
         regularizer.load_state_dict(checkpoint["regularizer"])
     torch.set_rng_state(checkpoint["rng"])
-    step = checkpoint["step"]
+    step, checkpoint = checkpoint["step"], None  # the copies on the CPU are not needed any more
 forward = torch.compile(model) if compiled else model
 
 
@@ -297,6 +319,11 @@ def nats(values):
     return " ".join(f"{v:.2f}" for v in values)
 
 
+def perplexity(ce):
+    """exp of a cross-entropy in nats; infinity where that is no number any more."""
+    return math.exp(ce) if ce < 700 else math.inf
+
+
 def log(record):
     """Append a record to log.jsonl, and its numbers to TensorBoard or Weights & Biases if asked for."""
     print(json.dumps(record), file=log_file, flush=True)
@@ -309,8 +336,11 @@ def log(record):
 
 
 def save():
-    save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), step=step, settings=settings, rng=torch.get_rng_state(),
-                    regularizer=regularizer.state_dict() if regularizer else {}, data_sha256=meta["sha256"], tokenizer=tokenizer_spec)
+    try:
+        save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), step=step, settings=settings, rng=torch.get_rng_state(),
+                        regularizer=regularizer.state_dict() if regularizer else {}, data_sha256=meta["sha256"], tokenizer=tokenizer_spec)
+    except OSError as e:
+        die(f"{e} (step {step}). An earlier checkpoint there is untouched: free some space, then --init_from=resume")
 
 
 def diverged(what, x, y):
@@ -318,44 +348,48 @@ def diverged(what, x, y):
     model.eval()
     with torch.no_grad(), autocast:
         layers = model(x, y, return_entropy=True)[2].float().mean((1, 2, 3)).tolist()  # before the update that would have spoiled it
-    if not all(map(math.isfinite, layers)):
-        layers = last_entropy  # the weights are past help: what the last evaluation saw
-    low = min(range(n_layer), key=lambda l: layers[l])
-    log({"event": "diverged", "step": step, "what": what, "entropy_by_layer": layers, "arch": arch})
+    finite = [l for l in range(n_layer) if math.isfinite(layers[l])]
+    low = f"lowest in layer {min(finite, key=lambda l: layers[l])}, {min(layers[l] for l in finite):.2f}" if finite else "none is a number"
+    log({"event": "diverged", "step": step, "what": what, "entropy_by_layer": [layers[l] if l in finite else None for l in range(n_layer)],
+         "arch": arch})
     bare = not (use_layernorm or use_gelu or use_relu or learnable_ffn_scale or weight_norm != "none" or spectral_norm != "none")
-    print(f"diverged: {what} at step {step}. Entropy by layer {nats(layers)} nats (at most {max_causal_entropy(block_size):.2f}): "
-          f"lowest in layer {low}, {layers[low]:.2f}. " +
+    print(f"diverged: {what} at step {step}. Entropy by layer {nats(layers)} nats (at most {max_causal_entropy(block_size):.2f}): {low}. " +
           ("This is what the paper expects of softmax alone: entropy collapse in deep layers (its table says NaN). " if bare else
            "Try a lower learning_rate, a longer warmup or --grad_clip=1. ") +
-          f"The last good checkpoint stays in {ckpt_path}.", file=sys.stderr)
+          (f"The last good checkpoint stays in {ckpt_path}." if os.path.exists(ckpt_path) else "No checkpoint was written yet."), file=sys.stderr)
     sys.exit(3)
 
 
 try:
     os.makedirs(out_dir, exist_ok=True)
-    for path in (ckpt_path, log_path):  # an earlier run's work is moved aside, not overwritten
-        if not checkpoint and os.path.exists(path):
-            os.replace(path, path + ".old")
-            print(f"{path} was there: moved to {path}.old")
-    if os.path.exists(log_path):  # a resumed run's log may have run on after its checkpoint was written
-        with open(log_path) as f:
-            records = [json.loads(line) for line in f if line.endswith("\n")]
-        with open(log_path + ".tmp", "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in records if r["step"] < step or r["step"] == step and r["event"] == "step")
-        os.replace(log_path + ".tmp", log_path)
-    log_file = open(log_path, "a")
-except (OSError, ValueError) as e:
-    die(f"can't write to {out_dir}: {e}")
-try:
     if log_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out_dir)
+        writer = SummaryWriter(out_dir, flush_secs=10)
     elif log_to == "wandb":
         import wandb
         writer = wandb.init(project="entropy-guided-attention", name=arch, config=settings)
 except ImportError as e:
     die(f"log_to={log_to}: {e}; pip install {log_to}, or leave log_to empty")
-
+except OSError as e:
+    die(f"can't write to {out_dir}: {e}")
+except Exception as e:  # wandb has many: no login, no network
+    die(f"log_to={log_to}: {e}")
+try:
+    for path in (ckpt_path, log_path):  # an earlier run's work is moved aside, not overwritten
+        if not resumed and os.path.exists(path):
+            aside = next(f"{path}.old{n}" for n in count(1) if not os.path.exists(f"{path}.old{n}"))
+            os.replace(path, aside)
+            print(f"{path} was there: moved to {aside}")
+    if os.path.exists(log_path):  # a resumed run's log may have run on after its checkpoint was written, or end in half a line
+        with open(log_path) as old, open(log_path + ".tmp", "w") as new:
+            for line in old:
+                at = re.match(r'\{"event": "(\w+)", "step": (\d+), .*\}$', line)
+                if at and (int(at[2]) < step or int(at[2]) == step and at[1] == "step"):
+                    new.write(line)
+        os.replace(log_path + ".tmp", log_path)
+    log_file = open(log_path, "a")
+except OSError as e:
+    die(f"can't write to {out_dir}: {e}")
 signals = []
 def on_signal(number, frame):
     if signals:
@@ -376,7 +410,7 @@ print("nonlinear ops: " + ", ".join(f"{kind} {n} x {a}x{b}" for kind, (n, (a, b)
 print(f"data {dataset}: {len(train_tokens):,} training tokens, vocabulary {vocab_size}, sha256 {meta['sha256'][:16]}; "
       f"validation perplexity of a unigram model {unigram:.1f}")
 print(machine)
-print(f"{'resuming at step ' + str(step) + ' of' if checkpoint else 'training'} {max_iters} steps of "
+print(f"{f'resuming at step {step} of' if resumed else 'training'} {max_iters} steps of "
       f"{grad_accum * batch_size} x {block_size} tokens", flush=True)
 
 tokens_per_step = grad_accum * batch_size * block_size
@@ -388,8 +422,8 @@ while True:
         if not math.isfinite(ce):
             diverged("the validation loss is not finite", *training_batch(step * grad_accum))
         last_entropy = head_entropy.mean(1).tolist()
-        print(f"eval  step {step:>6}  val ce {ce:.4f}  perplexity {math.exp(ce):.2f}  entropy by layer {nats(last_entropy)} nats", flush=True)
-        log({"event": "eval", "step": step, "val_ce": ce, "val_ppl": math.exp(ce),
+        print(f"eval  step {step:>6}  val ce {ce:.4f}  perplexity {perplexity(ce):.2f}  entropy by layer {nats(last_entropy)} nats", flush=True)
+        log({"event": "eval", "step": step, "val_ce": ce, "val_ppl": perplexity(ce),
              "head_entropy": [[round(e, 4) for e in row] for row in head_entropy.tolist()]})
         save()
     if step >= max_iters:
@@ -405,15 +439,13 @@ while True:
         (micro_loss / grad_accum).backward()
         ce, term = ce + micro_ce / grad_accum, term + micro_term / grad_accum
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    # on a GPU looking at a number waits for it: there only the logged steps and evaluations are checked
-    logged = (step + 1) % log_interval == 0 or step + 1 == max_iters
-    if (logged or device_type == "cpu") and not math.isfinite(norm.item()):
+    if not math.isfinite(norm.item()):  # looked at before the update: weights and checkpoint stay good
         diverged("the loss is not finite" if not math.isfinite(ce.item()) else "the gradient is not finite", x, y)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     step += 1
     seconds, since = seconds + time.time() - t0, since + 1
-    if logged:
+    if step % log_interval == 0 or step == max_iters:
         rate = since * tokens_per_step / seconds
         left = (max_iters - step) * tokens_per_step / rate
         print(f"step {step:>6}/{max_iters}  loss {ce + term:.4f} (ce {ce:.4f}, entropy term {term:.4f})  lr {lr_at(step - 1):.2e}  "
@@ -427,19 +459,17 @@ while True:
         sys.exit(128 + signals[0])
 
 # ------------------------------------------------------------------------------------------------ the result
+rate = (step - first_step) * tokens_per_step / train_seconds if train_seconds else 0.0
+print(f"{arch}: validation perplexity {perplexity(ce):.2f} (unigram {unigram:.1f}) after {step * tokens_per_step:,} tokens; "
+      f"{rate:,.0f} tok/s, {time.time() - started:.0f} s; {ckpt_path}, {log_path}")
 sample = ""
 if sample_tokens:
-    from data.prepare import load_tokenizer
-    tokenizer = load_tokenizer(tokenizer_spec)
-    prompt = torch.tensor([tokenizer.encode_ordinary(sample_prompt)], device=device)
     model.eval()
-    out = model.generate(prompt, sample_tokens, temperature=0.8, top_k=50, generator=torch.Generator(device).manual_seed(seed))
-    sample = tokenizer.decode(out[0].tolist())
+    tokens = model.generate(torch.tensor([prompt], device=device), sample_tokens, temperature=0.8, top_k=50,
+                            generator=torch.Generator(device).manual_seed(seed))[0].tolist()
+    sample = tokenizer.decode([t for t in tokens if t < tokenizer.n_vocab])  # vocab_size may be padded beyond the tokenizer's
     print(f"--- a sample\n{sample}\n---")
-rate = (step - first_step) * tokens_per_step / train_seconds if train_seconds else 0.0
-print(f"{arch}: validation perplexity {math.exp(ce):.2f} (unigram {unigram:.1f}) after {step * tokens_per_step:,} tokens; "
-      f"{rate:,.0f} tok/s, {time.time() - started:.0f} s; {ckpt_path}, {log_path}")
-log({"event": "done", "step": step, "arch": arch, "val_ce": ce, "val_ppl": math.exp(ce), "unigram_ppl": unigram,
+log({"event": "done", "step": step, "arch": arch, "val_ce": ce, "val_ppl": perplexity(ce), "unigram_ppl": unigram,
      "tokens": step * tokens_per_step, "tokens_per_s": rate, "parameters": n_parameters, "entropy_by_layer": last_entropy,
      "settings": settings, "machine": f"{platform.processor() or platform.machine()}, {machine}", "torch": torch.__version__,
      "data_sha256": meta["sha256"], "sample": sample})

@@ -55,10 +55,10 @@ RECIPES = {
     "languini": dict(train_source="emozilla/pg19", val_source="emozilla/pg19", column="text", tokenizer="train", vocab_size=16384, piece=0,
                      tokenizer_source="Salesforce/wikitext:wikitext-103-raw-v1"),
 }
-EOT = "<|endoftext|>"
-VAL_SHARE = 0.05      # of documents, by hash, where the corpus has no validation set
-BPE_SAMPLE = 32e6     # characters the tokenizer is trained on: more changes few merges and costs seconds
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own split
+_EOT = "<|endoftext|>"
+_VAL_SHARE = 0.05      # of documents, by hash, where the corpus has no validation set
+_BPE_SAMPLE = 32e6     # characters the tokenizer is trained on: more changes few merges and costs seconds
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own split
 
 
 # ---------------------------------------------------------------------------------------------- documents
@@ -101,18 +101,22 @@ def digest(text):
     return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).digest()
 
 
-def read_source(source, column, split):
-    """Documents of a file, folder or hub dataset, as a sequence of str."""
+def read_source(source, column, split, flag):
+    """Documents of a file, folder or hub dataset, as a sequence of str. `flag` is the setting it came from, for the message."""
     path = Path(source).expanduser()
-    tabular = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
     if path.exists():
-        files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file() and not p.name.startswith("."))
-        if not files:
-            die(f"{path} holds no files")
-        if not any(p.suffix in tabular for p in files):
+        files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path.parent).parts)]
+        tables = [p for p in files if p.suffix in (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")]
+        texts = [p for p in files if p not in tables and not p.name.lower().startswith("readme")]  # a downloaded dataset brings its README
+        if not files or (tables and texts):
+            die(f"{path} holds " + (f"both {tables[0].name} and {texts[0].name}: datasets files and text files need folders of their own"
+                                    if files else "no files"))
+        if not tables:
             return [text for text in (p.read_text(encoding="utf-8", errors="replace") for p in files) if text.strip()]
-        kind = {".jsonl": "json", ".gz": "json", ".zst": "json"}.get(files[0].suffix, files[0].suffix[1:])
-        request = dict(path=kind, data_files=[str(p) for p in files if p.suffix == files[0].suffix], split="train")
+        tables = [p for p in tables if split[:5] in p.name] or tables  # a dataset's own split, where the names tell
+        kind = {".jsonl": "json", ".gz": "json", ".zst": "json"}.get(tables[0].suffix, tables[0].suffix[1:])
+        request = dict(path=kind, data_files=[str(p) for p in tables], split="train")
     elif source.startswith((".", "/", "~")):
         die(f"no file or folder {source}")
     else:
@@ -124,7 +128,7 @@ def read_source(source, column, split):
     except Exception as e:
         reason = str(e).splitlines()[0] if str(e) else ""
         die(f"cannot load {source} ({type(e).__name__}: {reason}). If this machine cannot reach the hub, download the dataset "
-            f"elsewhere and pass its folder: --train_source=FOLDER --val_source=FOLDER")
+            f"elsewhere and pass its folder: --{flag}=FOLDER")
     if column not in rows.column_names:
         die(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}: set --column")
     return rows[column]
@@ -145,23 +149,23 @@ def tokenizer_spec(pattern, ranks, special):
 
 
 def train_tokenizer(documents, size):
-    """Byte-level BPE of size - 1 tokens and EOT, trained on BPE_SAMPLE characters of documents."""
+    """Byte-level BPE of size - 1 tokens and _EOT, trained on _BPE_SAMPLE characters of documents."""
     import rustbpe
     if size < 257:
-        die(f"vocab_size must be at least 257 (256 bytes and {EOT}), and is {size}")
+        die(f"vocab_size must be at least 257 (256 bytes and {_EOT}), and is {size}")
 
     def sample():
         seen = 0
         for text in documents:
             yield text
             seen += len(text)
-            if seen > BPE_SAMPLE:
+            if seen > _BPE_SAMPLE:
                 return
 
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(sample(), size - 1)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    return tokenizer_spec(bpe.get_pattern(), ranks, {EOT: len(ranks)})
+    return tokenizer_spec(bpe.get_pattern(), ranks, {_EOT: len(ranks)})
 
 
 def convert_tokenizer(source):
@@ -195,25 +199,28 @@ def convert_tokenizer(source):
     order = [model["vocab"]["".join(merge)] for merge in merges]
     if order != sorted(order):  # tiktoken merges by token id, so the ids must be in the order of the merges
         die(f"{path}: its token ids are not in the order of its merges, so tiktoken would tokenize differently")
-    if EOT not in special:
-        die(f"{path} has no {EOT} token")
-    return tokenizer_spec(GPT2_PATTERN, ranks, special)
+    if _EOT not in special:
+        die(f"{path} has no {_EOT} token")
+    return tokenizer_spec(_GPT2_PATTERN, ranks, special)
 
 
 # ---------------------------------------------------------------------------------------------- bins
 def write_bin(path, documents, encoding, piece):
     """Tokenize documents (a sequence of str), in parallel and in order, into uint16 tokens at path. Returns (tokens, utf-8 bytes)."""
     tokens = size = 0
-    end = [encoding.encode_single_token(EOT)]
+    end = [encoding.encode_single_token(_EOT)]
     todo = iter(documents)
     with open(path, "wb") as f, tqdm(total=len(documents), desc=f"tokenize {Path(path).stem}", unit="doc", mininterval=1) as bar:
         while batch := list(islice(todo, 512)):
+            batch = [text for text in batch if isinstance(text, str)]  # a table's text column may have holes
             for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
                 ids = ids[:len(ids) // piece * piece] if piece else ids + end
                 np.array(ids, dtype=np.uint16).tofile(f)
                 tokens += len(ids)
             size += sum(len(text.encode()) for text in batch)
             bar.update(len(batch))
+    if not tokens:
+        die(f"{Path(path).stem}: not one token" + (f", as no document has {piece}: set a smaller --piece" if piece else ""))
     return tokens, size
 
 
@@ -235,30 +242,42 @@ def main():
     globals().update({k: v for k, v in RECIPES[corpus].items() if k not in given})
     if corpus == "own" and not (train_source and name):
         die("your own text needs --train_source=FOLDER and --name=NAME", 2)
-    name, root = name or corpus, Path(data_dir).expanduser() if data_dir else Path(__file__).resolve().parent
+    if corpus == "pycode" and {"train_source", "val_source", "column"} & given.keys():
+        die("pycode has its own source: leave out --corpus to prepare your own text", 2)
+    if val_source and val_source == train_source and Path(val_source).expanduser().is_file():
+        die(f"train_source and val_source are the same file, {val_source}: validating on training text says nothing", 2)
+    name = name or corpus
+    if name != os.path.basename(name) or name in (".", ".."):
+        die(f"name must be a folder's name without slashes, and is {name!r}", 2)
+    root = Path(data_dir).expanduser() if data_dir else Path(__file__).resolve().parent
     folder = root / name
     recipe = dict(corpus=corpus, train_source=train_source, val_source=val_source, column=column, tokenizer=tokenizer,
                   tokenizer_source=tokenizer_source, vocab_size=vocab_size, piece=piece)
     if (folder / "meta.json").exists():
-        old = json.loads((folder / "meta.json").read_text())["recipe"]
+        try:
+            old = json.loads((folder / "meta.json").read_text())["recipe"]
+        except (ValueError, KeyError, TypeError):
+            die(f"{folder}/meta.json is damaged: delete {folder} and run again")
         changed = [f"{k}={old.get(k)!r}" for k in recipe if old.get(k) != recipe[k]]
         if changed:
             die(f"{folder} exists, made with {', '.join(changed)}: delete it, or choose another --name")
         print(f"{folder} is there already, nothing to do")
         return
+    if folder.exists() and any(folder.iterdir()):
+        die(f"{folder} holds other files: choose another --name, or empty it yourself")
 
     extra = {}
     if corpus == "pycode":
         documents, extra["dropped_files"] = python_files()
     else:
-        documents = read_source(train_source, column, "train")
+        documents = read_source(train_source, column, "train", "train_source")
     root.mkdir(parents=True, exist_ok=True)
     sample = list(islice(iter(documents), 1000))
     need_disk(root, len(documents) * sum(len(text) for text in sample) / max(1, len(sample)))
     if val_source:
-        parts = {"train": documents, "val": read_source(val_source, column, "validation")}
+        parts = {"train": documents, "val": read_source(val_source, column, "validation", "val_source")}
     else:  # 32 bits of the hash as a number in [0, 1)
-        is_val = [int.from_bytes(digest(text)[-4:], "big") / 2**32 < VAL_SHARE for text in documents]
+        is_val = [int.from_bytes(digest(text)[-4:], "big") / 2**32 < _VAL_SHARE for text in documents]
         parts = {"train": [t for t, v in zip(documents, is_val) if not v], "val": [t for t, v in zip(documents, is_val) if v]}
     for part in parts:
         if not len(parts[part]):
@@ -266,14 +285,14 @@ def main():
 
     if tokenizer == "train":
         print(f"training a tokenizer of {vocab_size} tokens", flush=True)
-        spec = train_tokenizer(read_source(tokenizer_source, "text", "train") if tokenizer_source else parts["train"], vocab_size)
+        spec = train_tokenizer(read_source(tokenizer_source, "text", "train", "tokenizer_source") if tokenizer_source else parts["train"], vocab_size)
     else:
         spec = convert_tokenizer(tokenizer)
     encoding = load_tokenizer(spec)
     if encoding.n_vocab > 2**16:
         die(f"a vocabulary of {encoding.n_vocab} does not fit into uint16 tokens (65,536 at most)")
 
-    tmp = root / f".{name}.{os.getpid()}"
+    tmp = root / f".{name}.{os.getpid()}"  # beside the folder it becomes, so that the rename is one step
     try:
         tmp.mkdir()
         (tmp / "tokenizer.json").write_text(json.dumps(spec))
@@ -286,7 +305,6 @@ def main():
                     sha.update(block)
         meta = dict(name=name, recipe=recipe, vocab_size=encoding.n_vocab, piece=piece, **counts, **extra, sha256=sha.hexdigest())
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)  # without a meta.json it was never whole
         os.rename(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -295,4 +313,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:  # no permission, no space left
+        die(f"can't prepare {name or corpus}: {e}")
+    except KeyboardInterrupt:
+        die("stopped; nothing half-made is left", 130)

@@ -297,6 +297,8 @@ def test_broken_checkpoints_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_checkpoint(str(path))
+    with pytest.raises(OSError, match="can't write"):
+        save_checkpoint(str(tmp_path / "no" / "folder.pt"), GPT(GPTConfig(**SMALL)))
     torch.save({"other": 1}, path)
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_checkpoint(str(path))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from conftest import run
 
-from data.prepare import EOT, GPT2_PATTERN, load_tokenizer, train_tokenizer
+from data.prepare import _EOT as EOT
+from data.prepare import _GPT2_PATTERN as GPT2_PATTERN
+from data.prepare import load_tokenizer, train_tokenizer
 
 
 def read(folder):
@@ -46,6 +48,9 @@ def hub_files(source, folder):
             for p in sorted(source.iterdir())]
     (folder / "train").mkdir()
     (folder / "valid").mkdir()
+    (folder / "train" / "README.md").write_text("# what a downloaded hub repository brings along")
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / ".cache" / "state.json").write_text("{}")
     (folder / "train" / "ds_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[5:]))
     pandas.DataFrame(rows[:5]).to_parquet(folder / "valid" / "ds_valid.parquet")
     return [row["content"] for row in rows[5:]], [row["content"] for row in rows[:5]]
@@ -102,6 +107,8 @@ def test_languini_style_books_from_local_files(source, tmp_path):
 @pytest.mark.parametrize("args, line", [
     (["--corpus=codeparrot"], "cannot load huggingface-course/codeparrot-ds-train"),
     (["--corpus=languini"], "pass its folder: --train_source=FOLDER"),
+    (["--corpus=languini", "--train_source={source}"], "pass its folder: --tokenizer_source=FOLDER"),
+    (["--corpus=pycode", "--train_source={source}"], "pycode has its own source"),
     (["--corpus=c4"], "corpus must be one of pycode, own, codeparrot, languini"),
     (["--train_source=/no/such/folder", "--name=x"], "no file or folder /no/such/folder"),
     (["--train_source={source}"], "your own text needs --train_source=FOLDER and --name=NAME"),
@@ -111,11 +118,35 @@ def test_languini_style_books_from_local_files(source, tmp_path):
     (["--train_source={source}", "--name=x", "--vocabsize=300"], "did you mean 'vocab_size'?"),
 ])
 def test_one_line_says_what_is_wrong(args, line, source, tmp_path):
-    status = 2 if any(word in line for word in ("corpus must", "needs --train", "did you mean")) else 1
+    status = 2 if any(word in line for word in ("corpus must", "needs --train", "did you mean", "its own source")) else 1
     out = run("data/prepare.py", f"--data_dir={tmp_path}", *(a.format(source=source) for a in args), status=status)
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: ") and line in last
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_users_is_deleted(source, tmp_path):
+    """The nanoGPT habit of keeping the input in data/<name>/ itself."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "input.txt").write_text("precious")
+    out = run("data/prepare.py", f"--data_dir={tmp_path}", f"--train_source={mine}", "--name=mine", status=1)
+    assert "holds other files" in out and (mine / "input.txt").read_text() == "precious"
+    assert "without slashes" in run("data/prepare.py", f"--data_dir={tmp_path}", f"--train_source={mine}", "--name=..", status=2)
+
+
+def test_damage_and_emptiness_are_named(source, data_dir, tmp_path):
+    args = (f"--data_dir={tmp_path}", "--name=mine", "--vocab_size=300")
+    out = run("data/prepare.py", *args, f"--train_source={source}", "--piece=1000000", status=1)
+    assert "not one token, as no document has 1000000" in out and not list(tmp_path.iterdir())
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "a.txt").write_text("text")
+    (tmp_path / "mix" / "b.json").write_text("{}")
+    assert "both b.json and a.txt" in run("data/prepare.py", *args, f"--train_source={tmp_path / 'mix'}", status=1)
+    assert "can't prepare" in run("data/prepare.py", "--data_dir=/dev/null/x", *args[1:], f"--train_source={source}", status=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "meta.json").write_text("{")
+    assert "meta.json is damaged" in run("data/prepare.py", *args, f"--train_source={source}", status=1)
 
 
 def test_foreign_tokenizers_are_refused(source, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-TINY = ["--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=16", "--sample_tokens=0"]
+TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=16", "--sample_tokens=0"]
 EREG = ["config/ereg_sm_t_scfuffn.py", *TINY]
 
 
@@ -59,7 +59,7 @@ def test_resume_is_bit_for_bit(arch, data_dir, tmp_path):
     args = [f"config/{arch}.py", *TINY, f"--data_dir={data_dir}", "--lr_decay_iters=20", "--grad_accum=2", "--log_interval=1"]
     run("train.py", *args, f"--out_dir={tmp_path / 'a'}", "--max_iters=20")
     run("train.py", *args, f"--out_dir={tmp_path / 'b'}", "--max_iters=10")
-    out = run("train.py", f"--out_dir={tmp_path / 'b'}", f"--data_dir={data_dir}", "--init_from=resume", "--max_iters=20")
+    out = run("train.py", f"--out_dir={tmp_path / 'b'}", f"--data_dir={data_dir}", "--device=cpu", "--init_from=resume", "--max_iters=20")
     assert "resuming at step 10 of 20" in out  # all other settings came from the checkpoint
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -80,13 +80,13 @@ def test_a_signal_saves_and_the_run_goes_on(which, status, data_dir, tmp_path):
     assert p.returncode == status and "go on with --init_from=resume" in err and "Traceback" not in err
     step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
     assert step >= 7 and f"saved step {step}" in err
-    run("train.py", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--init_from=resume", f"--max_iters={step + 3}")
+    run("train.py", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--device=cpu", "--init_from=resume", f"--max_iters={step + 3}")
     assert [r["step"] for r in records(tmp_path) if r["event"] == "step"] == list(range(1, step + 4))
 
 
 def test_divergence_is_reported_and_the_last_good_checkpoint_kept(data_dir, tmp_path):
     """Softmax alone, 12 layers deep and too fast: deep layers collapse and the gradient overflows within seconds."""
-    out = run("train.py", "config/sm.py", "--dataset=mine", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--n_layer=12", "--n_head=4",
+    out = run("train.py", "config/sm.py", "--device=cpu", "--dataset=mine", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--n_layer=12", "--n_head=4",
               "--n_embd=256", "--block_size=64", "--batch_size=2", "--learning_rate=1e-2", "--warmup=0", "--eval_windows=2", "--log_interval=1",
               "--max_iters=200", "--eval_interval=1000", status=3)
     last = out.strip().splitlines()[-1]
@@ -110,7 +110,18 @@ def test_an_earlier_run_is_moved_aside(data_dir, tmp_path):
     run("train.py", *args, "--max_iters=2")
     first = (tmp_path / "ckpt.pt").read_bytes()
     assert "moved to" in run("train.py", *args, "--max_iters=3")
-    assert (tmp_path / "ckpt.pt.old").read_bytes() == first
+    second = (tmp_path / "ckpt.pt").read_bytes()
+    run("train.py", *args, "--max_iters=1", "--eval_interval=1")
+    assert (tmp_path / "ckpt.pt.old1").read_bytes() == first and (tmp_path / "ckpt.pt.old2").read_bytes() == second
+    # going on with another length: said, and the log keeps one line a step although it had run ahead and broken off
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"event": "step", "step": 1, "loss": 9')
+    out = run("train.py", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--device=cpu", "--init_from=resume", "--max_iters=4", "--log_interval=1",
+              "--weight_decay=0.3", "--beta1=0.8")
+    assert "stretches the learning rate's decay" in out
+    assert [r["step"] for r in records(tmp_path) if r["event"] == "step"] == [1, 2, 3, 4]
+    group = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.3 and group["betas"] == (0.8, 0.999)  # what the command line says is what is used
 
 
 MISTAKES = [
@@ -121,9 +132,13 @@ MISTAKES = [
     (["--lr_decay=step"], 2, "lr_decay must be one of 'linear', 'cosine'"),
     (["--reduction=max"], 2, "reduction must be one of"),
     (["--batch_size=0"], 2, "batch_size must be at least 1"),
+    (["--grad_clip=-1"], 2, "grad_clip must be at least 0"),
+    (["--beta2=1"], 2, "beta2 must be at least 0 and below 1"),
+    (["--max_iters=1e999"], 2, "max_iters must be int"),
+    (["--sample_tokens=5", "--sample_prompt="], 2, "sample_prompt is empty"),
     (["--init_from=gpt2"], 2, "init_from must be scratch or resume"),
     (["--init_from=resume"], 1, "no checkpoint at"),
-    (["--dataset=nowhere"], 1, "no dataset in"),
+    (["--dataset=nowhere"], 1, "--name=nowhere --train_source=FOLDER --data_dir="),
     (["--dataset=codeparrot_t256", "--block_size=256"], 1, "--corpus=codeparrot --piece=256 --name=codeparrot_t256"),
     (["--vocab_size=100"], 1, "ends at 99: leave vocab_size=0"),
     (["--block_size=100000"], 1, "one window takes 100001"),
@@ -144,17 +159,29 @@ def test_one_line_says_what_is_wrong(data_dir, tmp_path):
     assert not (tmp_path / "ckpt.pt").exists()
 
 
+def test_a_full_disk_loses_nothing(data_dir, tmp_path):
+    """/dev/full stands in for the disk: every write to it fails as on a full one."""
+    run("train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=2")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt.tmp").symlink_to("/dev/full")
+    out = run("train.py", "--device=cpu", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--init_from=resume", "--max_iters=4", status=1)
+    assert "error: can't write" in out and "untouched" in out and (tmp_path / "ckpt.pt").read_bytes() == before
+
+
 def test_damaged_files_are_named(data_dir, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(data_dir / "mine", mine)
     args = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}"]
     run("train.py", *args, "--max_iters=2")
-    resume = [f"--out_dir={tmp_path / 'out'}", f"--data_dir={tmp_path}", "--init_from=resume"]
+    resume = ["--device=cpu", f"--out_dir={tmp_path / 'out'}", f"--data_dir={tmp_path}", "--init_from=resume"]
     assert "trained with n_embd=32: resume can't change it to 64" in run("train.py", *resume, "--n_embd=64", status=2)
     # other data than the checkpoint's
     meta = json.loads((mine / "meta.json").read_text())
     (mine / "meta.json").write_text(json.dumps(meta | {"sha256": "0" * 64}))
     assert "was trained on other data" in run("train.py", *resume, status=1)
+    (mine / "meta.json").write_text("{}")
+    assert "is damaged (KeyError" in run("train.py", *resume, status=1)
+    (mine / "meta.json").write_text(json.dumps(meta))
     # a truncated bin, then a truncated checkpoint
     with open(mine / "train.bin", "r+b") as f:
         f.truncate(1000)
