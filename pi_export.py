@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from configurator import configure, die
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, load_checkpoint
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
 out = "out/private"   # folder for server.npz and public.json

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import lru_cache
 from itertools import count
 
@@ -89,6 +89,7 @@ compile = "auto"            # auto (on CUDA) | yes | no: torch.compile
 
 SETTINGS = setting_names(globals())
 given = configure(globals())
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until there is something to save
 out_dir, data_dir = os.path.expanduser(out_dir), os.path.expanduser(data_dir)
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 HERE = {"out_dir", "init_from", "data_dir", "device", "dtype", "compile", "log_to"}  # not carried over by resume
@@ -117,12 +118,10 @@ for key, allowed in dict(lr_decay=("linear", "cosine"), dtype=("auto", "float32"
                          log_to=("", "tensorboard", "wandb"), reduction=("mean", "sum", "head")).items():
     if globals()[key] not in allowed:
         die(f"{key} must be one of {', '.join(map(repr, allowed))}, and is {globals()[key]!r}", 2)
-for least, keys in ((1, "batch_size grad_accum eval_interval eval_windows log_interval"),
-                    (0, "sample_tokens vocab_size max_iters lr_decay_iters learning_rate min_lr warmup weight_decay beta1 beta2 grad_clip seed "
-                        "lambda_entropy gamma")):
-    for key in keys.split():
-        if not least <= globals()[key] < (1 if key in ("beta1", "beta2") else math.inf):
-            die(f"{key} must be at least {least}{' and below 1' if key in ('beta1', 'beta2') else ''}, and is {globals()[key]}", 2)
+for key in SETTINGS:  # no number of these means anything below 0, and none that counts what there must be, at 0
+    value, least = globals()[key], int(key in ("batch_size", "grad_accum", "eval_interval", "eval_windows", "log_interval"))
+    if not isinstance(value, str) and (not least <= value < math.inf or key.startswith("beta") and value >= 1):
+        die(f"{key} must be at least {least}{' and below 1' if key.startswith('beta') else ''}, and is {value}", 2)
 try:  # before anything is prepared: a vocabulary of 0 is filled in once the data is there
     GPTConfig(**{key: globals()[key] for key in MODEL_KEYS} | {"vocab_size": vocab_size or 1})
 except ValueError as e:
@@ -149,8 +148,7 @@ def choose_machine():
         fast, why = False, "bf16 untested there"
     bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
     compiled = compile == "yes" or (compile == "auto" and kind == "cuda")
-    return name, torch.bfloat16 if bf16 else torch.float32, compiled, \
-        f"device {name} ({why}), {'bfloat16' if bf16 else 'float32'} matmuls, {'torch.compile' if compiled else 'eager'}"
+    return name, torch.bfloat16 if bf16 else torch.float32, compiled, f"device {name} ({why}), {'bfloat16' if bf16 else 'float32'} matmuls, {'torch.compile' if compiled else 'eager'}"
 
 
 def keep_memory():
@@ -368,13 +366,6 @@ try:
     elif log_to == "wandb":
         import wandb
         writer = wandb.init(project="entropy-guided-attention", name=arch, config=settings)
-except ImportError as e:
-    die(f"log_to={log_to}: {e}; pip install {log_to}, or leave log_to empty")
-except OSError as e:
-    die(f"can't write to {out_dir}: {e}")
-except Exception as e:  # wandb has many: no login, no network
-    die(f"log_to={log_to}: {e}")
-try:
     for path in (ckpt_path, log_path):  # an earlier run's work is moved aside, not overwritten
         if not resumed and os.path.exists(path):
             aside = next(f"{path}.old{n}" for n in count(1) if not os.path.exists(f"{path}.old{n}"))
@@ -390,16 +381,19 @@ try:
     log_file = open(log_path, "a")
 except OSError as e:
     die(f"can't write to {out_dir}: {e}")
+except Exception as e:  # TensorBoard or wandb: not installed, no login, no network
+    die(f"log_to={log_to}: {e}" + (f"; pip install {log_to}, or leave log_to empty" if isinstance(e, ImportError) else ""))
+
 signals = []
 def on_signal(number, frame):
     if signals:
-        raise KeyboardInterrupt  # asked twice: stop at once
+        sys.exit(128 + number)  # asked twice: stop at once
     signals.append(number)
     print("\nstopping after this step (again to stop at once)", file=sys.stderr)
 
 
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, on_signal)
 
 # ------------------------------------------------------------------------------------------------ the loop
 unigram = unigram_perplexity()

@@ -231,7 +231,7 @@ def need_disk(folder, size):
 
 
 def main():
-    global name, data_dir
+    global name
     given = configure(globals())
     if train_source and "corpus" not in given:
         given["corpus"] = globals()["corpus"] = "own"
