@@ -11,7 +11,7 @@ can do in the clear is done here, once, in float64:
 
 - weight norm and spectral norm            -> the plain weight they stand for
 - LayerNorm's gain and bias                -> the next matrix: (n g + b) W = n (diag(g) W) + b W
-- 1 / sqrt(d_k)                            -> W_Q
+- 1 / sqrt(d_k), and the unit of the logits -> W_Q   (the exponential below wants them in twelves)
 - W_in W_out, where nothing is between     -> one d x d matrix, fused in training or not
 - alpha, beta and the residual (eq. 8)     -> X_out = X_SA W', W' = beta I + W_ffn / alpha   (no LayerNorm, no activation)
 - the output projection, in such a model   -> X_out = [X, Y] [[W'], [W_O W']]: nothing nonlinear stands between two
@@ -20,11 +20,16 @@ can do in the clear is done here, once, in float64:
 The temperature per query position (eq. 9) does not fold: row i of Q is divided by t_i, which no matrix on the right of
 X does. Dividing Q, T x d numbers, is the cheapest exact place; the logits are H x T x T.
 
-forward() is the model over those arrays; x is one sequence (T, d), a head axis is written (H, T, .).
+program() is the model over those arrays, a list of small steps, each a pure function; forward() runs it in the clear,
+bench_spu.py under MPC. x is one sequence (T, d), a head axis is written (H, T, .). The nonlinear functions come twice:
+EXACT, and SECURE as an engine computes them cheaply, with the identity each rests on. Prices are bytes per element, both
+directions, of SPU's Cheetah at 18 fraction bits: truncation 3, choice by a secret bit 16, comparison 82, square 106, product
+of secrets 165.
 """
 import json
 import math
 import os
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +64,7 @@ def fold_block(block, c):
     d = c.n_embd
     W, b = matrix(block.attn.qk)
     Wv, bv = matrix(block.attn.v)
-    scale = np.repeat([1 / math.sqrt(d // c.n_head), 1.0], d)  # over Q's columns alone
+    scale = np.repeat([1 / (LOGIT_UNIT * math.sqrt(d // c.n_head)), 1.0], d)  # over Q's columns alone
     arrays = {"qkv": after_norm(block.ln_1, np.hstack((W * scale, Wv)), np.hstack((b * scale, bv)))}
     if c.learnable_temperature:
         arrays["inverse_t"] = (1 / block.attn.temperature.detach().double().numpy()[:, :, None],)
@@ -100,58 +105,164 @@ def drop_zero_biases(arrays):
     return {name: a for name, a in arrays.items() if not (name.endswith("_b") and not a.any())}
 
 
-# ------------------------------------------------------------------------------------------------ the forward pass
-def affine(arrays, name, x):
-    y = x @ arrays[name]
-    return y + arrays[name + "_b"] if name + "_b" in arrays else y
-
-
+# ------------------------------------------------------------------------------------------------ nonlinear functions, exact
 def normalise(x):
     """LayerNorm without gain and bias, rows of (T, d)."""
     x = x - x.mean(-1, keepdims=True)
-    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
 
-def causal_softmax(s):
-    """Softmax over keys j <= i of the logits (H, T, T), eq. 6."""
-    return jax.nn.softmax(jnp.where(np.tri(s.shape[-1], dtype=bool), s, -jnp.inf), -1)
+def exponentials(s):
+    """exp(logit - row maximum) of the causal logits s (H, T, T), given in units of LOGIT_UNIT; 0 above the diagonal."""
+    s = jnp.where(np.tri(s.shape[-1], dtype=bool), LOGIT_UNIT * s, -jnp.inf)
+    return jnp.exp(s - s.max(-1, keepdims=True))
 
 
-def attention(block, c, x):
-    """Softmax attention before its output projection: x (T, d) -> Y (T, d). 1/sqrt(d_k) is in W_Q already."""
-    T, d = x.shape
-    q, k, v = affine(block, "qkv", x).reshape(T, 3, c.n_head, d // c.n_head).transpose(1, 2, 0, 3)
+def gelu(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+# ------------------------------------------------------------------------------------------------ and as MPC affords them
+def square(w):
+    """w^2 for 106 bytes instead of a product's 165: with one iteration SPU's exp(x) is (1 + x/2)^2, and only exp lowers to the cheap square."""
+    return jnp.exp(2 * (w - 1))
+
+
+def causal_row_max(s):
+    """Row maxima (H, T, 1) over the causal entries of s (H, T, T): a tree, all comparisons of a level in one call, none above the diagonal."""
+    H, T, width = *s.shape[:2], s.shape[2]
+    while width > 1:
+        half = (width + 1) // 2
+        row, left = np.nonzero(np.arange(T)[:, None] >= half + np.arange(width - half))  # pairs whose right half is not in the future
+        larger = jnp.maximum(s[:, row, left], s[:, row, left + half])
+        place = np.arange(T)[:, None] * width + np.arange(half)
+        place[row, left] = T * width + np.arange(len(row))
+        s, width = jnp.concatenate((s.reshape(H, -1), larger), 1)[:, place.ravel()].reshape(H, T, half), half
+    return s
+
+
+LOGIT_UNIT = 12.0  # the fit below holds on [-24, 0], which is [-2, 0] in this unit
+FIT_Q = (0.61885925, -0.86263901, -0.51951347, 0.22931862, 0.44800865, 0.43307482, 0.28954129, 1.0338006)
+FIT_E = (0.06264968, -0.10495227, -0.094475915, -0.046323682, -0.031739823, -0.068414771)
+
+
+def secure_exp(u):
+    """
+    exp(12 (u - 1)) on [-1, 1] by four squares of linear combinations, least-squares fit, within 1e-3; each combination costs
+    one truncation. SPU's own exp takes eight squares and is ten times less exact.
+    """
+    q, e = FIT_Q, FIT_E
+    z1 = square(u)
+    z2 = square(z1 + q[0] * u)
+    z3 = square(z2 + q[1] * z1 + q[2] * u + q[3])
+    z4 = square(z3 + q[4] * z2 + q[5] * z1 + q[6] * u + q[7])
+    return e[0] * z4 + e[1] * z3 + e[2] * z2 + e[3] * z1 + e[4] * u + e[5]
+
+
+def secure_exponentials(s):
+    """exponentials() on the causal half alone: T(T+1)/2 entries are packed, exp'ed and put back among zeros. Logits more than 24 below their row's largest count as 24 below."""
+    H, T, _ = s.shape
+    i, j = np.tril_indices(T)
+    e = secure_exp(jnp.maximum((s - causal_row_max(s))[:, i, j], -2.0) + 1)
+    place = np.full((T, T), len(i))
+    place[i, j] = np.arange(len(i))
+    return jnp.concatenate((e, jnp.zeros((H, 1))), 1)[:, place.ravel()].reshape(H, T, T)
+
+
+def secure_gelu(x):
+    """
+    GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.3, so one quartic in |x| serves both sides, within 3e-3.
+    Two comparisons (the sign also makes |x|), two squares: a quartic is c4 (t^2 + a t)^2 + a quadratic, a = c3 / (2 c4).
+    """
+    c0, c1, c2, c3, c4 = 0.0003172316654, -0.5316293706, 0.5334585992, -0.1804833714, 0.0204998243
+    positive = x > 0
+    relu = jnp.where(positive, x, 0.0)
+    t, a = 2 * relu - x, c3 / (2 * c4)  # |x| = 2 relu(x) - x
+    t2 = square(t)
+    return relu + jnp.where(t < 3.3, c4 * square(t2 + a * t) + (c2 - c4 * a * a) * t2 + c1 * t + c0, 0.0)
+
+
+EXACT = dict(normalise=normalise, exponentials=exponentials, gelu=gelu, gelu_tanh=gelu_tanh, relu=jax.nn.relu)
+SECURE = dict(normalise=normalise, exponentials=secure_exponentials, gelu=secure_gelu, gelu_tanh=secure_gelu, relu=jax.nn.relu)
+
+
+# ------------------------------------------------------------------------------------------------ the forward pass
+def heads(qkv, n_head):
+    """(T, 3d) -> q, k, v, each (H, T, d_k)."""
+    T, d3 = qkv.shape
+    return qkv.reshape(T, 3, n_head, d3 // 3 // n_head).transpose(1, 2, 0, 3)
+
+
+def matmul(x, W, *b):
+    return x @ W + b[0] if b else x @ W
+
+
+def block_steps(c, block, f):
+    """
+    One block as steps (kind, output, function, inputs): outputs and inputs are names of values, a name that starts with "W."
+    being one of the block's arrays. Splitting costs nothing under MPC, and shows what each kind of operation costs.
+    """
+    def W(name):
+        return [f"W.{name}", f"W.{name}_b"] if name + "_b" in block else [f"W.{name}"]
+
+    def norm(x):
+        return [("LayerNorm", "n", f["normalise"], [x])] if c.use_layernorm else []
+
+    H, n = c.n_head, "n" if c.use_layernorm else "x"
+    steps = norm("x") + [("matmul", "qkv", matmul, [n] + W("qkv"))]
     if "inverse_t" in block:
-        q = q * block["inverse_t"][:, :T]
-    return (causal_softmax(q @ k.transpose(0, 2, 1)) @ v).transpose(1, 0, 2).reshape(T, d)
+        steps += [("temperature", "qkv", lambda qkv, t: jnp.hstack((unheads(heads(qkv, H)[0] * t), qkv[:, qkv.shape[1] // 3:])), ["qkv", "W.inverse_t"])]
+    steps += [("matmul", "s", lambda qkv: heads(qkv, H)[0] @ heads(qkv, H)[1].transpose(0, 2, 1), ["qkv"]),
+              ("softmax", "e", f["exponentials"], ["s"]),
+              ("matmul", "y", lambda e, qkv: e @ heads(qkv, H)[2], ["e", "qkv"]),  # normalised after: T x d quotients, not H x T x T
+              ("softmax", "y", lambda y, e: unheads(y * (1 / e.sum(-1, keepdims=True))), ["y", "e"])]
+    if "out" in block:
+        return steps + [("matmul", "x", lambda x, y, *w: matmul(jnp.hstack((x, y)), *w), ["x", "y"] + W("out"))]
+    steps += [("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))] + norm("x")
+    last = W("ffn")
+    if "in" in block:
+        kind = "gelu" if c.use_gelu else "relu"
+        steps += [("matmul", "h", matmul, [n] + W("in")),
+                  ({"gelu": "GELU", "relu": "ReLU"}[kind], "h", f["gelu_tanh" if c.use_gelu and c.gelu_tanh else kind], ["h"])]
+        n, last = "h", W("up")
+    if "beta" in block:
+        return steps + [("matmul", "x", lambda x, n, beta, *w: beta * x + matmul(n, *w), ["x", n, "W.beta"] + last)]
+    return steps + [("matmul", "x", lambda x, n, *w: x + matmul(n, *w), ["x", n] + last)]
 
 
-def softmax_only_block(block, c, x):
-    """No LayerNorm, no activation: everything after the softmax is one matrix on [X, Y]."""
-    return affine(block, "out", jnp.concatenate((x, attention(block, c, x)), 1))
+def unheads(y):
+    """(H, T, d_k) -> (T, d)."""
+    return y.transpose(1, 0, 2).reshape(y.shape[1], -1)
 
 
-def block_with_nonlinearities(block, c, x):
-    """Eq. 1 and 8 with LayerNorm, GELU or ReLU, whichever the model keeps."""
-    norm = normalise if c.use_layernorm else lambda x: x
-    x = x + affine(block, "o", attention(block, c, norm(x)))
-    if "ffn" in block:
-        y = affine(block, "ffn", norm(x))
-    else:
-        h = affine(block, "in", norm(x))
-        y = affine(block, "up", jax.nn.gelu(h, approximate=c.gelu_tanh) if c.use_gelu else jax.nn.relu(h))
-    return block.get("beta", 1.0) * x + y
+def head_steps(c, tree, f):
+    """The logits of rows x."""
+    W = ["W.head"] + ["W.head_b"] * ("head_b" in tree)
+    return [("head", "n", f["normalise"], ["x"]), ("head", "logits", matmul, ["n"] + W)] if c.use_layernorm else \
+        [("head", "logits", matmul, ["x"] + W)]
 
 
-def forward(tree, c, one_hot):
+def run(steps, arrays, values):
+    """Run steps in the clear: `values` is extended by every step's output."""
+    for _, output, function, inputs in steps:
+        values[output] = function(*(arrays[name[2:]] if name.startswith("W.") else values[name] for name in inputs))
+    return values
+
+
+def forward(tree, c, one_hot, f=EXACT):
     """
-    Logits (T, V) of one sequence. one_hot: (T, V), row i the token at position i: under MPC the client's secret, and
-    the lookup a matrix product with the server's. c: the GPTConfig.
+    Logits (T, V) of one sequence. one_hot: (T, V), row i the token at position i; c: the GPTConfig; f: EXACT or SECURE,
+    whose square() means what it says only where exp(x) is (1 + x/2)^2.
     """
-    x = one_hot @ tree["wte"] + tree["wpe"][:len(one_hot)]
+    values = {"x": one_hot @ tree["wte"] + tree["wpe"][:len(one_hot)]}
     for block in tree["blocks"]:
-        x = (softmax_only_block if "out" in block else block_with_nonlinearities)(block, c, x)
-    return affine(tree, "head", normalise(x) if c.use_layernorm else x)
+        block = {k: v[:, :len(one_hot)] if k == "inverse_t" else v for k, v in block.items()}
+        run(block_steps(c, block, f), block, values)
+    return run(head_steps(c, tree, f), tree, values)["logits"]
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -180,24 +291,28 @@ def load_weights(path):
         raise ValueError(f"{path} is not a whole server.npz ({type(e).__name__}): make it again with python pi_export.py") from e
 
 
+def write(model, tokenizer, folder):
+    """server.npz and public.json of a model into a folder. Returns the arrays written, flat."""
+    arrays = flatten(export(model))
+    public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer}
+    os.makedirs(folder, exist_ok=True)
+    for name, put in (("server.npz", lambda f: np.savez(f, **arrays)), ("public.json", lambda f: f.write(json.dumps(public).encode()))):
+        path = os.path.join(folder, name)
+        with open(path + ".tmp", "wb") as f:
+            put(f)
+        os.replace(path + ".tmp", path)
+    return arrays
+
+
 def main():
     configure(globals())
     try:
-        checkpoint = load_checkpoint(ckpt)
         model = GPT.from_checkpoint(ckpt)
-        tree = flatten(export(model))
-        os.makedirs(out, exist_ok=True)
-        public = {"config": checkpoint["model_config"], "shapes": {name: a.shape for name, a in tree.items()},
-                  "tokenizer": checkpoint.get("tokenizer")}
-        for name, write in (("server.npz", lambda f: np.savez(f, **tree)), ("public.json", lambda f: f.write(json.dumps(public).encode()))):
-            with open(os.path.join(out, name + ".tmp"), "wb") as f:
-                write(f)
-            os.replace(f.name, os.path.join(out, name))
+        arrays = write(model, load_checkpoint(ckpt).get("tokenizer"), out)
     except (OSError, ValueError) as e:
         die(e)
-    before, after = (sum(n) for n in ((p.numel() for p in model.parameters()), (a.size for a in tree.values())))
-    print(f"{model.config.name}: {before:,} parameters in {ckpt} -> {len(tree)} arrays of {after:,} numbers "
-          f"(embedding and head apart) in {out}/server.npz, shapes and tokenizer in {out}/public.json")
+    print(f"{model.config.name}: {sum(p.numel() for p in model.parameters()):,} parameters in {ckpt} -> {len(arrays)} arrays of "
+          f"{sum(a.size for a in arrays.values()):,} numbers (embedding and head apart) in {out}/server.npz, shapes and tokenizer in {out}/public.json")
 
 
 if __name__ == "__main__":

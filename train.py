@@ -4,7 +4,7 @@ Train a GPT of "Entropy-Guided Attention for Private LLMs" on one device: CUDA, 
     python train.py                                        # the baseline SM+LN+G, small, minutes on a CPU
     python train.py config/sm_scfuffn.py                   # softmax only: no LayerNorm, no GELU
     python train.py config/ereg_sm_t_scfuffn.py config/on_codeparrot.py --out_dir=out/ereg   # the paper's scale
-    python train.py --init_from=resume --max_iters=2000    # go on from out/ckpt.pt, settings as they were
+    python train.py --init_from=resume                     # go on from out/ckpt.pt, settings as they were
 
 Config files apply in order, then flags. Writes ckpt.pt and log.jsonl to out_dir. Exit status: 0 done, 1 an error
 named in one line, 2 a bad setting, 3 the loss diverged, 130 / 143 stopped by Ctrl-C / SIGTERM after saving.

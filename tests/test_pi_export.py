@@ -10,6 +10,7 @@ from test_model import ARCHITECTURES, SMALL, build, tokens
 jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
+import pi_export  # noqa: E402
 from pi_export import export, forward, load_weights  # noqa: E402
 
 
@@ -23,10 +24,9 @@ VARIANTS = {**ARCHITECTURES, "SM+WNorm(QKVO+FFN)": dict(use_layernorm=False, use
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("T", [16, 7])
-def test_foldings_are_exact(name, T):
+def test_foldings_are_exact(name):
     """Every parameter off its initial value, float64 throughout: what is left is rounding."""
-    model, idx = build(**VARIANTS[name]), tokens(B=1, T=T)
+    model, idx = build(**VARIANTS[name]), tokens(B=1, T=7)  # shorter than the context, as prompts are
     with jax.experimental.enable_x64():
         logits = np.asarray(forward(export(model, np.float64), model.config, one_hot(idx[0])))
     wanted = model(idx)[0][0].detach().numpy()
@@ -71,3 +71,38 @@ def test_what_goes_wrong_is_said(tmp_path):
     (tmp_path / "server.npz").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="not a whole server.npz"):
         load_weights(tmp_path / "server.npz")
+
+
+# ------------------------------------------------------------------------------------------------ the functions MPC affords
+@pytest.fixture
+def in_the_clear(monkeypatch):
+    """square() as it is under the engine, where exp(x) is (1 + x/2)^2."""
+    monkeypatch.setattr(pi_export, "square", lambda w: w * w)
+
+
+def test_the_exponential_fit(in_the_clear):
+    z = np.linspace(-24, 0, 100_001)
+    assert np.abs(pi_export.secure_exp(z / pi_export.LOGIT_UNIT + 1) - np.exp(z)).max() < 1e-3
+
+
+def test_the_gelu_fit(in_the_clear):
+    x = np.linspace(-20, 20, 100_001, dtype=np.float32)
+    for exact in (pi_export.gelu, pi_export.gelu_tanh):
+        assert np.abs(np.asarray(pi_export.secure_gelu(x) - exact(x))).max() < 3e-3
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 16, 33])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 30.0])  # 30: logits hundreds below their row's largest, beyond the fit
+def test_causal_softmax_by_packing(in_the_clear, T, scale):
+    s = (scale * np.random.default_rng(0).standard_normal((3, T, T)) / pi_export.LOGIT_UNIT).astype(np.float32)
+    seen = np.where(np.tri(T, dtype=bool), s, -np.inf)
+    assert np.array_equal(np.asarray(pi_export.causal_row_max(s))[..., 0], seen.max(-1))
+    e, exact = np.asarray(pi_export.secure_exponentials(s)), np.asarray(pi_export.exponentials(s))
+    assert np.abs(e - exact).max() < 1e-3 and not e[:, ~np.tri(T, dtype=bool)].any()
+
+
+@pytest.mark.parametrize("name", ["SM+LN+G", "SM+LN+R", "SM(t)+ScFuFFN"])
+def test_the_secure_forward_pass_is_near_the_exact_one(in_the_clear, name):
+    model, idx = GPT(GPTConfig(**SMALL, **ARCHITECTURES[name])).eval(), tokens(B=1)
+    exact = model(idx)[0][0].detach().numpy()
+    assert np.abs(np.asarray(forward(export(model), model.config, one_hot(idx[0], np.float32), pi_export.SECURE)) - exact).max() < 1e-2
