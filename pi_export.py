@@ -31,12 +31,16 @@ import math
 import os
 from dataclasses import asdict
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from configurator import configure, die
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError:
+    die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then pip install -r requirements.txt")
 from model import GPT, load_checkpoint
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
