@@ -15,6 +15,7 @@ Semi-honest security: both follow the protocol. The server learns nothing of the
 client learns the logits, and what public.json says: the architecture, the tokenizer. The link is not encrypted here.
 Exit status 0, or 1 with one line saying what went wrong on both sides.
 """
+import hashlib
 import json
 import os
 import platform
@@ -37,8 +38,8 @@ archs = ""               # role both: config files of config/, comma-separated, 
 prompt = "def add(a, b):"  # the client's secret
 private = "out/private"  # server: folder of server.npz and public.json
 public = ""              # client: public.json
-listen = "127.0.0.1:0"   # where this party listens (port 0: role both finds free ones)
-peer = ""                # where the other listens
+listen = ""              # client, server: HOST:PORT where this party listens
+peer = ""                # client, server: HOST:PORT where the other listens
 protocol = "cheetah"     # cheetah | semi2k (whose random triples come from the client: faster, and no secrecy from it)
 measure_layers = 0       # > 0: run that many layers and multiply; the logits then mean nothing
 json_path = ""           # role both: write the results as a JSON list
@@ -63,7 +64,7 @@ class Party:
     def __init__(self, rank, addresses):
         import spu
         from spu import libspu
-        self.spu, self.rank, self.total, self.by_kind, self.seconds = spu, rank, np.zeros(4), {}, 0.0
+        self.spu, self.rank, self.total, self.by_kind = spu, rank, np.zeros(4), {}
         # SPU's profile is written by C++ to stdout: send that to a file, and keep the terminal for ourselves
         self.profile = tempfile.TemporaryFile("w+")
         self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
@@ -188,7 +189,7 @@ def infer(party, public, weights, ids, progress):
 # ------------------------------------------------------------------------------------------------ the other party
 def host_port(text, key):
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) < 65535:
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
         die(f"{key} must be HOST:PORT, and is {text!r}", 2)
     return host, int(port)
 
@@ -239,7 +240,6 @@ def greet(mine):
 
 
 def digest(public):
-    import hashlib
     return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -326,15 +326,16 @@ def one_party():
 
 
 # ------------------------------------------------------------------------------------------------ both parties here
-def free_ports():
-    """An address whose port and the next are free."""
-    for port in range(20000 + os.getpid() % 20000, 60000, 2):
+def free_addresses():
+    """Two addresses on this machine, (client's, server's), each with its port and the next one free."""
+    for port in range(20000 + os.getpid() % 20000, 60000, 4):
         try:
-            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
-                return f"127.0.0.1:{port}"
+            for p in range(port, port + 4):
+                socket.create_server(("127.0.0.1", p)).close()
+            return f"127.0.0.1:{port}", f"127.0.0.1:{port + 2}"
         except OSError:
             continue
-    die("no two free ports next to each other on 127.0.0.1")
+    die("no four free ports in a row on 127.0.0.1")
 
 
 def both(model, tokenizer):
@@ -345,8 +346,7 @@ def both(model, tokenizer):
         write(model, tokenizer, os.path.join(folder, "server"))
         shared = os.path.join(folder, "server", "public.json")
         result = os.path.join(folder, "result.json")
-        a, b = free_ports(), None
-        b = "127.0.0.1:" + str(int(a.split(":")[1]) + 2)
+        a, b = free_addresses()
         common = [f"--{k}={globals()[k]}" for k in ("protocol", "measure_layers", "timeout", "connect_timeout", "seed")]
         me = [sys.executable, os.path.abspath(__file__)]
         parties = [subprocess.Popen([*me, "--role=client", f"--public={shared}", f"--prompt={prompt}", f"--listen={a}", f"--peer={b}", f"--json_path={result}", *common]),
@@ -386,11 +386,11 @@ def models():
     import torch
     from model import GPT, GPTConfig, load_checkpoint
     if not archs:
-        path = ckpt or newest_checkpoint()
         try:
-            yield GPT.from_checkpoint(path), load_checkpoint(path).get("tokenizer")
-        except (FileNotFoundError, ValueError) as e:
+            checkpoint = load_checkpoint(ckpt or newest_checkpoint())
+        except (OSError, ValueError) as e:
             die(e)
+        yield GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer")
         return
     for name in archs.split(","):
         path, flags = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", name + ".py"), {}

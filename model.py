@@ -247,9 +247,9 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_checkpoint(cls, path, device="cpu"):
-        """The model of a checkpoint written by train.py, in eval mode. Raises what load_checkpoint raises."""
-        checkpoint = load_checkpoint(path)
+    def from_checkpoint(cls, checkpoint, device="cpu"):
+        """The model of a checkpoint, a path or what load_checkpoint gave, in eval mode. Raises what load_checkpoint raises."""
+        checkpoint = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
         model = cls(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval()

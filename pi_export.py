@@ -311,8 +311,9 @@ def write(model, tokenizer, folder):
 def main():
     configure(globals())
     try:
-        model = GPT.from_checkpoint(ckpt)
-        arrays = write(model, load_checkpoint(ckpt).get("tokenizer"), out)
+        checkpoint = load_checkpoint(ckpt)
+        model = GPT.from_checkpoint(checkpoint)
+        arrays = write(model, checkpoint.get("tokenizer"), out)
     except (OSError, ValueError) as e:
         die(e)
     print(f"{model.config.name}: {sum(p.numel() for p in model.parameters()):,} parameters in {ckpt} -> {len(arrays)} arrays of "

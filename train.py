@@ -171,7 +171,7 @@ autocast = torch.autocast(device_type, dtype_matmul) if dtype_matmul == torch.bf
 
 # ------------------------------------------------------------------------------------------------ data
 def open_data():
-    """(train tokens, val tokens, meta.json, tokenizer.json) of the dataset; pycode is prepared if it isn't there."""
+    """(train tokens, val tokens, meta.json, tokenizer.json, its tokenizer) of the dataset; pycode is prepared if it isn't there."""
     folder = os.path.join(data_dir, dataset)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prepare.py")
     if not os.path.exists(os.path.join(folder, "meta.json")):
@@ -192,14 +192,14 @@ def open_data():
         told, _ = (meta["train_tokens"], meta["val_tokens"]), (meta["piece"], meta["vocab_size"], meta["sha256"])
         if sizes != told:
             raise ValueError(f"meta.json tells of {told} tokens, the bins hold {sizes}")
-        load_tokenizer(spec)
+        encoding = load_tokenizer(spec)
     except (OSError, ValueError, KeyError, TypeError) as e:
         die(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete that folder and prepare it again")
     if meta["piece"] not in (0, block_size):
         die(f"{folder} is cut into pieces of {meta['piece']} tokens and block_size is {block_size}: prepare it with --piece={block_size}")
     if min(sizes) <= block_size:
         die(f"{folder} has a part of only {min(sizes)} tokens, and one window takes {block_size + 1}: prepare more text")
-    return train, val, meta, spec
+    return train, val, meta, spec, encoding
 
 
 def windows_of(tokens):
@@ -238,13 +238,12 @@ def unigram_perplexity():
     return math.exp(-log_p[y[y >= 0]].mean().item())
 
 
-train_tokens, val_tokens, meta, tokenizer_spec = open_data()
+train_tokens, val_tokens, meta, tokenizer_spec, tokenizer = open_data()
 vocab_size = vocab_size or meta["vocab_size"]
 largest = max(int(part[i:i + 2**26].max()) for part in (train_tokens, val_tokens) for i in range(0, len(part), 2**26))
 if largest >= vocab_size:
     die(f"the dataset has token {largest}, and vocab_size={vocab_size} ends at {vocab_size - 1}: "
         f"leave vocab_size=0, or set it to {meta['vocab_size']} at least")
-tokenizer = load_tokenizer(tokenizer_spec)
 prompt = tokenizer.encode_ordinary(sample_prompt)
 if sample_tokens and not prompt:
     die("sample_prompt is empty: give a word, or --sample_tokens=0", 2)
