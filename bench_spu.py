@@ -1,254 +1,101 @@
 """
 Run a model privately between two parties with SecretFlow SPU (two-party Cheetah): the client holds a prompt, the server
-the weights, and the client alone learns the logits of the next token.
+the weights, and the client alone learns the logits of the next token. Then say what it cost, as the paper's tables do.
 
     python bench_spu.py --ckpt=out/ckpt.pt --prompt="def add(a, b):"      # both parties on this machine, two processes
-    python bench_spu.py --archs=sm_ln_g,sm_ln_r,sm_scfuffn --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=2   # random weights
+    python bench_spu.py --archs=sm_ln_g,sm_ln_r,sm_scfuffn --measure_layers=1   # the paper's Table 2, random weights
+    python bench_spu.py --archs=sm_ln_g,sm_scfuffn --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=2 --network=wan   # a toy, on a slow link
+    python bench_spu.py --ckpt=out/ckpt.pt --windows=2                    # and how far secure is from plain on held-out text
 
 On two machines, after `python pi_export.py` on the server's and a copy of public.json on the client's:
 
     python bench_spu.py --role=server --private=out/private --listen=0.0.0.0:9000 --peer=CLIENT:9000
     python bench_spu.py --role=client --public=public.json --listen=0.0.0.0:9000 --peer=SERVER:9000 --prompt="def add(a, b):"
 
-Each side uses two ports, PORT for SPU's link and PORT + 1 to greet, agree on the model and notice the other's death.
-Semi-honest security: both follow the protocol. The server learns nothing of the prompt but that it fits the context; the
-client learns the logits, and what public.json says: the architecture, the tokenizer. The link is not encrypted here.
-Exit status 0, or 1 with one line saying what went wrong on both sides.
+Each side listens on PORT for SPU's link; the server also on PORT + 1, where they greet, agree on the model and notice each
+other's death. With --protocol=aby3 a third party runs --role=helper, and --peer names the two others in the order client,
+server, helper. Semi-honest security: all follow the protocol. The server learns nothing of the prompt but that it fits the
+context; the client learns the result, and what public.json says: the architecture, the tokenizer.
+Exit status 0, or 1 with one line saying what went wrong on each side.
 """
 import hashlib
-import json
 import os
 import platform
-import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib.util import find_spec
+from json import dump, dumps, load, loads
 
 import numpy as np
 
 from configurator import configure, die
+from relay import NETWORKS, host_port
 
-role = "both"            # both (two processes here) | client | server
+role = "both"            # both (all parties here, a process each) | client | server | helper (aby3's third)
 ckpt = ""                # role both: a checkpoint; the newest one under out/ if empty and no archs are given
 archs = ""               # role both: config files of config/, comma-separated, with random weights instead of a checkpoint
 prompt = "def add(a, b):"  # the client's secret
+reveal = "logits"        # what the client learns: logits, or only the most likely token
+windows = 0              # also judge secure against plain on that many held-out windows, all positions, revealed to the client
+windows_file = ""        # client: the .bin of uint16 tokens they are cut from; role both takes the checkpoint's val.bin if empty
 private = "out/private"  # server: folder of server.npz and public.json
-public = ""              # client: public.json
-listen = ""              # client, server: HOST:PORT where this party listens
-peer = ""                # client, server: HOST:PORT where the other listens
-protocol = "cheetah"     # cheetah | semi2k (whose random triples come from the client: faster, and no secrecy from it)
-measure_layers = 0       # > 0: run that many layers and multiply; the logits then mean nothing
-json_path = ""           # role both: write the results as a JSON list
-timeout = 600            # seconds without a word from the other party's computation before giving up
-connect_timeout = 30     # seconds to wait for the other party at the start
-# with --archs, the model: the keys of GPTConfig; the paper's GPT-2 small
+public = ""              # client, helper: public.json
+listen = ""              # one role: HOST:PORT where this party listens
+peer = ""                # one role: HOST:PORT where the other listens
+tls = ""                 # folder with ca.pem, cert.pem and key.pem: encrypt, and refuse a peer that ca.pem didn't sign
+protocol = "cheetah"     # cheetah | semi2k (whose random triples come from the client: faster, and no secrecy from it) | aby3 (three parties)
+network = "none"         # role both: none | lan | wan, the link between the processes, see relay.py
+measure_layers = 0       # > 0: run that many layers and two chunks of the embedding, and multiply; the result then means nothing
+plain = False            # as one would write it first: jax.nn's functions, SPU's defaults, secret-shared weights
+baseline = False         # role both: each model with --plain first, and the ratio
+json = ""                # write the results: a JSON list of an object per architecture, or the client's own result
+logits_file = ""         # client: write all revealed logits as .npz
+chart = ""               # role both: draw the bytes by kind of operation as a PNG
+timeout = 600            # seconds without a word in the middle of a step before giving up
+connect_timeout = 25     # seconds to wait for the other party at the start
+# with --archs, the model: any key of GPTConfig; the paper's GPT-2 small
 block_size = 128
 vocab_size = 50257
 n_layer = 12
 n_head = 12
 n_embd = 768
+temperature_init = 1.0   # of the architectures with learnable temperatures
+bias = False             # biases in every linear layer
+gelu_tanh = False        # GPT-2's tanh GELU
 seed = 1337
 
-CHUNK = 2048   # rows of the embedding a matrix product takes: one for all would need 88 GB at V = 50257
-SCALE = 2.0**16  # the embedding is looked up as integers, exact to 1 / SCALE
+PUBLISHED = {  # (n_layer, block_size): {arch: (GB, minutes)} of the paper's Tables 2, 6, 7 and 3, at n_embd 768
+    (12, 128): {"SM+LN+G": (25.32, 8.21), "SM+LN+R": (9.44, 6.06), "SM+ScFuFFN": (6.43, 4.76)},
+    (12, 256): {"SM+LN+G": (58.51, 16.57), "SM+LN+R": (26.73, 12.59), "SM+ScFuFFN": (20.72, 10.45)},
+    (18, 128): {"SM+LN+G": (37.17, 10.77), "SM+LN+R": (13.34, 8.04), "SM+ScFuFFN": (8.83, 6.07)},
+    (12, 512): {"SM+LN+G": (145.24, 30.74), "SM+LN+R": (81.71, 23.54), "SM+ScFuFFN": (69.68, 19.44)},
+}
+AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model and SPU's version
 
 
 # ------------------------------------------------------------------------------------------------ one party
-class Party:
-    """One side of the computation: SPU's runtime and link, and what its profile says. rank 0 is the client, 1 the server."""
-
-    def __init__(self, rank, addresses):
-        import spu
-        from spu import libspu
-        self.spu, self.rank, self.total, self.by_kind = spu, rank, np.zeros(4), {}
-        # SPU's profile is written by C++ to stdout: send that to a file, and keep the terminal for ourselves
-        self.profile = tempfile.TemporaryFile("w+")
-        self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(self.profile.fileno(), 1)
-        desc = libspu.link.Desc()
-        for name, address in zip(("client", "server"), addresses):
-            desc.add_party(name, address)
-        desc.recv_timeout_ms = desc.http_timeout_ms = timeout * 1000
-        self.link = libspu.link.create_brpc(desc, rank)
-        kind = {"cheetah": libspu.ProtocolKind.CHEETAH, "semi2k": libspu.ProtocolKind.SEMI2K}[protocol]
-        config = libspu.RuntimeConfig(protocol=kind, field=libspu.FieldType.FM64, fxp_fraction_bits=18)
-        config.experimental_enable_colocated_optimization = True  # private x secret is a third of secret x secret
-        config.fxp_exp_iters = 1  # pi_export.square
-        config.enable_pphlo_profile = config.enable_hal_profile = True
-        self.config = libspu.RuntimeConfig()
-        # Not bound in Python: cheetah_2pc_config.ot_kind = EMP_Ferret, the same bytes in an eighth of the messages
-        self.config.ParseFromString(config.SerializeToString() + bytes([0xC2, 0x04, 0x02, 0x18, 2]))
-        self.runtime, self.io, self.compiled = spu.Runtime(self.link, self.config), spu.Io(2, self.config), {}
-
-    def put(self, name, shape, owner, value=None, dtype=np.float32):
-        """A secret input of `owner`'s: it alone gives a value, the other party only the shape."""
-        value = np.ascontiguousarray(value, dtype) if self.rank == owner else np.zeros(shape, dtype)
-        assert value.shape == tuple(shape), (name, value.shape, shape)
-        self.runtime.set_var(name, self.io.make_shares(value, self.spu.Visibility.VIS_SECRET, owner)[self.rank])
-
-    def run(self, key, function, inputs, output, kind):
-        """Compile (once per key) and run function over the named values; add its bytes to `kind`. inputs: {name: (shape, dtype)}."""
-        import jax
-        import spu.utils.frontend as frontend
-        if key not in self.compiled:
-            example = [jax.ShapeDtypeStruct(*spec) for spec in inputs.values()]
-            self.compiled[key] = frontend.compile(frontend.Kind.JAX, function, example, {}, list(inputs), [self.spu.Visibility.VIS_SECRET] * len(example),
-                                                  lambda flat: [output], copts=self.spu.libspu.CompilerOptions())
-        start, at = time.time(), os.fstat(self.profile.fileno()).st_size
-        self.runtime.run(self.compiled[key][0])
-        seconds = time.time() - start
-        self.profile.seek(at)
-        log = self.profile.read()
-        sent, received, sends, receives = map(int, re.findall(r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)", log)[-1])
-        truncation = sum(int(a) + int(b) for a, b in re.findall(r"- trunc\w*, executed .*?send bytes (\d+) recv bytes (\d+)", log))
-        spent = np.array([sent + received, max(sends, receives), seconds, truncation])
-        self.by_kind[kind] = self.by_kind.get(kind, 0) + spent
-        self.total = self.total + spent
-        return self.compiled[key][1]
-
-    def reveal(self, name):
-        """The value, to the client alone: the server sends its share and learns nothing."""
-        share = self.runtime.get_var(name)
-        if self.rank == 1:
-            for part in (share.meta, *share.share_chunks):
-                self.link.send(0, part)
-            return None
-        theirs = self.spu.libspu.Share()
-        theirs.meta = self.link.recv(1)
-        theirs.share_chunks = [self.link.recv(1) for _ in share.share_chunks]
-        return self.io.reconstruct([share, theirs])
-
-
-def infer(party, public, weights, ids, progress):
-    """
-    One private next token. public: public.json's dict; weights: server.npz's arrays on the server, None on the client;
-    ids: the prompt's tokens on the client, None on the server. Returns the logits (V,) on the client, None on the server.
-    """
-    import jax.numpy as jnp
-    from model import GPTConfig
-    from pi_export import SECURE, block_steps, head_steps, square
-    c, shapes = GPTConfig(**public["config"]), {k: tuple(v) for k, v in public["shapes"].items()}
-    T, V, d = c.block_size, c.vocab_size, c.n_embd
-    server = weights is not None
-    one_hot = last = None
-    if ids is not None:
-        one_hot, last = np.zeros((T, V), np.int32), np.zeros((1, T), np.float32)
-        one_hot[np.arange(len(ids)), ids] = 1  # rows past the prompt are empty: no position before them sees them
-        last[0, len(ids) - 1] = 1
-
-    specs = {}
-
-    def put(name, shape, owner, value, dtype=np.float32):
-        specs[name] = (tuple(shape), dtype)
-        party.put(name, shape, owner, value, dtype)
-
-    def step(kind, output, function, inputs, scope):
-        out = party.run((scope, output, tuple(inputs), kind), function, {name: specs[name] for name in inputs}, output, kind)
-        specs[output] = (out.shape, out.dtype)
-
-    # a first truncation, comparison and square between shares make both sides' oblivious-transfer set-up, counted apart
-    put("mine", (2, 2), 0, None if server else np.ones((2, 2)))
-    put("theirs", (2, 2), 1, np.ones((2, 2)) if server else None)
-    step("set-up", "ready", lambda a, b: jnp.maximum(square(a + b) @ (a + b), a), ["mine", "theirs"], "set-up")
-    progress("set-up")
-
-    for start in range(0, V, CHUNK):
-        rows = min(CHUNK, V - start)
-        put("hot", (T, rows), 0, None if server else one_hot[:, start:start + rows], np.int32)
-        put("wte", (rows, d), 1, np.round(weights["wte"][start:start + rows] * SCALE) if server else None, np.int32)
-        step("embedding", "found", (lambda h, w: h @ w) if start == 0 else (lambda h, w, found: found + h @ w),
-             ["hot", "wte"] + ["found"] * (start > 0), f"embedding {rows}")
-        progress(f"embedding {min(V, start + CHUNK)}/{V}")
-    put("wpe", (T, d), 1, weights["wpe"] if server else None)
-    step("embedding", "x", lambda found, wpe: found.astype(np.float32) * (1 / SCALE) + wpe, ["found", "wpe"], "embedding")
-
-    for layer in range(min(measure_layers or c.n_layer, c.n_layer)):
-        block = {name.split(".")[2]: shape for name, shape in shapes.items() if name.startswith(f"blocks.{layer}.")}
-        for name, shape in block.items():
-            put(f"W.{name}", shape, 1, weights[f"blocks.{layer}.{name}"] if server else None)
-        for i, (kind, output, function, inputs) in enumerate(block_steps(c, block, SECURE)):
-            step(kind, output, function, inputs, f"step {i} {block.keys()}")
-        progress(f"layer {layer + 1}/{c.n_layer}")
-
-    put("last", (1, T), 0, last)
-    step("head", "x", lambda last, x: last @ x, ["last", "x"], "select")  # the next token needs one row; which one is the client's secret
-    for name in ("head", "head_b"):
-        if name in shapes:
-            put(f"W.{name}", shapes[name], 1, weights[name] if server else None)
-    for kind, output, function, inputs in head_steps(c, shapes, SECURE):
-        step(kind, output, function, inputs, "head")
-    logits = party.reveal("logits")
-    progress("done")
-    return None if server else logits[0]
-
-
-# ------------------------------------------------------------------------------------------------ the other party
-def host_port(text, key):
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        die(f"{key} must be HOST:PORT, and is {text!r}", 2)
-    return host, int(port)
-
-
-def greet(mine):
-    """
-    Meet the other party on PORT + 1 and compare what both must agree on: exits with a line if it doesn't come or differs.
-    Returns the socket; a thread watches it and ends this process with a line when the other's does.
-    """
-    host, port = host_port(listen if role == "server" else peer, "--listen" if role == "server" else "--peer")
-    deadline, sock = time.time() + connect_timeout, None
-    try:
-        if role == "server":
-            with socket.create_server((host, port + 1)) as server:
-                server.settimeout(connect_timeout)
-                sock, _ = server.accept()
-        while sock is None:
-            try:
-                sock = socket.create_connection((host, port + 1), timeout=2)
-            except OSError:
-                if time.time() > deadline:
-                    raise TimeoutError
-                time.sleep(0.2)
-        sock.settimeout(connect_timeout)
-        sock.sendall(json.dumps(mine).encode() + b"\n")
-        theirs = json.loads(sock.makefile().readline() or "{}")
-    except TimeoutError:
-        die(f"the other party did not come to {host}:{port + 1} within {connect_timeout} seconds: start it, or check --listen and --peer")
-    except (OSError, ValueError) as e:
-        die(f"can't talk to the other party at {host}:{port + 1}: {e}")
-    for key in mine:
-        if theirs.get(key) != mine[key]:
-            die(f"the other party has another {key}: {theirs.get(key, 'none')!r} against {mine[key]!r} here")
-    sock.settimeout(None)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-    def watch():
-        try:
-            word = sock.recv(1)
-        except OSError:
-            word = b""
-        if word != b".":  # its farewell
-            print("error: the other party is gone (its process ended or the connection broke)", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    return sock
-
-
-def digest(public):
-    return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def read_json(path):
     try:
         with open(path) as f:
-            return json.load(f)
+            return load(f)
     except (OSError, ValueError) as e:
         die(f"can't read {path}: {e}")
+
+
+def write_json(path, value):
+    with open(path + ".tmp", "w") as f:
+        dump(value, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def tokenizer_of(public):
+    from data.prepare import load_tokenizer
+    return load_tokenizer(public["tokenizer"])
 
 
 def tokenize(public, text):
@@ -256,187 +103,321 @@ def tokenize(public, text):
     V, T = public["config"]["vocab_size"], public["config"]["block_size"]
     if public["tokenizer"] is None:  # random weights: any tokens will do
         return np.random.default_rng(seed).integers(0, V, T)
-    from data.prepare import load_tokenizer
-    ids = load_tokenizer(public["tokenizer"]).encode_ordinary(text)
+    ids = tokenizer_of(public).encode_ordinary(text)
     if not ids:
         die("the prompt is empty: give --prompt")
     if len(ids) > T:
         die(f"the prompt has {len(ids)} tokens and the model's context is {T}: shorten it")
-    if max(ids) >= V:
-        die(f"the prompt has token {max(ids)}, outside the model's vocabulary of {V}")
-    return np.array(ids)
+    return in_vocabulary(np.array(ids), V, "the prompt")
+
+
+def in_vocabulary(ids, V, what):
+    return ids if ids.max() < V else die(f"{what} has token {ids.max()}, outside the model's vocabulary of {V}")
+
+
+def held_out(public, path):
+    """(windows, T + 1) token ids, evenly spread over a .bin of uint16 tokens: T inputs and their targets."""
+    T = public["config"]["block_size"]
+    try:
+        tokens = np.fromfile(path, np.uint16).astype(np.int64)
+    except OSError as e:
+        die(f"can't read held-out text for --windows: {e}; give --windows_file")
+    if len(tokens) < T + 1:
+        die(f"{path} has {len(tokens)} tokens, and a window takes {T + 1}")
+    starts = np.linspace(0, len(tokens) - T - 1, windows).astype(int)
+    return in_vocabulary(np.stack([tokens[s:s + T + 1] for s in starts]), public["config"]["vocab_size"], path)
+
+
+def add_up(costs):
+    """The costs of party.infer() by kind: {kind: [bytes, messages, seconds, bytes of truncations]}."""
+    by_kind = {}
+    for kind, times, cost in costs:
+        by_kind[kind] = by_kind.get(kind, 0) + times * cost
+    return by_kind
 
 
 def one_party():
-    """Role client or server: meet, compute, tell. The client prints the token, or sends its result to the parent if there is one."""
-    rank = ("client", "server").index(role)
-    weights = ids = None
-    if role == "server":
-        from pi_export import flatten, load_weights
-        shared = read_json(os.path.join(private, "public.json"))
-        try:
+    """Role client, server or helper: meet, compute, tell. The client prints the token and writes its result."""
+    from party import ROLES, Party, greet, infer
+    rank, weights, ids = ROLES.index(role), None, None
+    shared = read_json(os.path.join(private, "public.json") if role == "server" else public)
+    try:
+        c = shared["config"]
+        if role == "server":
+            from pi_export import flatten, load_weights
             weights = flatten(load_weights(os.path.join(private, "server.npz")))
-        except ValueError as e:
-            die(e)
-        if {k: list(v.shape) for k, v in weights.items()} != shared["shapes"]:
-            die(f"{private}/server.npz and public.json are not of one model: run python pi_export.py again")
-    else:
-        shared = read_json(public)
-        ids = tokenize(shared, prompt)
+            if {k: list(v.shape) for k, v in weights.items()} != shared["shapes"]:
+                die(f"{private}/server.npz and public.json are not of one model: run python pi_export.py again")
+        if role == "client":
+            ids, texts = tokenize(shared, prompt), held_out(shared, windows_file) if windows else []
+    except ValueError as e:
+        die(e)
+    except (KeyError, TypeError):
+        die(f"{'private/public.json' if role == 'server' else public} is not a public.json: make it with python pi_export.py")
     import spu
-    host_port(peer, "--peer")
+    addresses = [":".join(map(str, host_port(a, "--peer"))) for a in peer.split(",")]
+    addresses.insert(rank, ":".join(map(str, host_port(listen, "--listen"))))
+    if len(addresses) != (3 if protocol == "aby3" else 2):
+        die(f"--peer must name {'two others' if protocol == 'aby3' else 'one other'}, and is {peer!r}", 2)
     try:  # SPU's own message for this is none
         socket.create_server(host_port(listen, "--listen")).close()
     except OSError as e:
         die(f"can't listen on {listen}: {e}")
-    sock = greet(dict(model=digest(shared), protocol=protocol, spu=spu.__version__, measure_layers=measure_layers))
+    model = hashlib.sha256(dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+    farewell = greet(rank, addresses, {"model": model, "SPU version": spu.__version__, **{k: globals()[k] for k in AGREED}}, connect_timeout, tls)
     started = time.time()
     try:
-        party = Party(rank, (listen, peer) if rank == 0 else (peer, listen))
+        party = Party(rank, addresses, protocol, timeout, tls, plain)
 
-        def progress(stage):
-            if role == "client":
-                print(f"{stage:<24} {party.total[0] / 1e6:10.1f} MB {time.time() - started:8.1f} s", file=party.terminal, flush=True)
+        def told(stage, costs, what=""):
+            print(f"{what}{stage:<24} {sum(cost[0] for _, _, cost in costs) / 1e6:10.1f} MB {time.time() - started:8.1f} s", file=party.terminal, flush=True)
 
-        logits = infer(party, shared, weights, ids, progress)
+        result, costs = infer(party, shared, weights, ids, told, measure_layers, reveal)
+        wall, all_logits = time.time() - started, []
+        for i in range(windows):
+            all_logits.append(infer(party, shared, weights, texts[i][:-1] if ids is not None else None,
+                                    lambda stage, costs: told(stage, costs, f"window {i + 1}/{windows}, "), every_row=True)[0])
     except RuntimeError as e:
         time.sleep(1)  # if the other party died, the watcher says so better
         words = [line.strip() for line in str(e).replace("what:", "").splitlines() if line.strip()]
         die(f"SPU stopped: {words[0] if words else type(e).__name__}")
-    sock.sendall(b".")
-    seconds = time.time() - started
-    if role == "server":
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    others = farewell({role: peak})
+    if role != "client":
         return
-    multiply = shared["config"]["n_layer"] / measure_layers if measure_layers else 1
-    by_kind = {kind: spent * (1 if kind in ("set-up", "embedding", "head") else multiply) for kind, spent in party.by_kind.items()}
+    by_kind = add_up(costs)
     total = sum(by_kind.values())
-    result = {"bytes_total": int(total[0]), "bytes_by_kind": {k: int(v[0]) for k, v in by_kind.items()}, "messages": int(total[1]),
-              "seconds": seconds if multiply == 1 else float(total[2]), "seconds_by_kind": {k: float(v[2]) for k, v in by_kind.items()},
-              "bytes_of_truncations": int(total[3]), "measured_layers": measure_layers or shared["config"]["n_layer"]}
-    if multiply == 1:
-        result |= {"token": int(logits.argmax()), "logits": logits.tolist()}
-        if shared["tokenizer"]:
-            from data.prepare import load_tokenizer
-            tokenizer = load_tokenizer(shared["tokenizer"])  # whose vocabulary the model's may be padded beyond
-            text = repr(tokenizer.decode([result["token"]])) if result["token"] < tokenizer.n_vocab else ""
-            print(f"next token: {result['token']} {text}", file=party.terminal, flush=True)
-    if json_path:
-        with open(json_path, "w") as f:
-            json.dump(result, f)
+    r = {"bytes_total": int(total[0]), "bytes_by_kind": {k: int(v[0]) for k, v in by_kind.items()}, "bytes_of_truncations": int(total[3]),
+         "rounds": int(total[1]), "rounds_by_kind": {k: int(v[1]) for k, v in by_kind.items()},
+         "seconds": float(total[2]), "seconds_by_kind": {k: float(v[2]) for k, v in by_kind.items()},
+         "seconds_wall": wall, "measured_layers": measure_layers or c["n_layer"],
+         "peak_memory_bytes": {k: v for word in ({role: peak}, *others) for k, v in word.items()}}
+    if not measure_layers or measure_layers >= c["n_layer"]:
+        token = r["token"] = int(result.argmax() if reveal == "logits" else result)
+        text = ""
+        if shared["tokenizer"] and token < tokenizer_of(shared).n_vocab:  # the model's vocabulary may be padded beyond it
+            text = repr(tokenizer_of(shared).decode([token]))
+        print(f"next token: {token} {text}", file=party.terminal, flush=True)
+        if reveal == "logits" and logits_file:
+            np.savez(logits_file, next=result, windows=np.array(all_logits, np.float32))
+    if windows:
+        r |= {"windows": windows, "secure_perplexity": perplexity(np.array(all_logits), texts[:, 1:])}
+        print(f"perplexity of {windows} x {c['block_size']} held-out tokens: {r['secure_perplexity']:.2f}", file=party.terminal, flush=True)
+    if json:
+        write_json(json, r)
 
 
-# ------------------------------------------------------------------------------------------------ both parties here
-def free_addresses():
-    """Two addresses on this machine, (client's, server's), each with its port and the next one free."""
-    for port in range(20000 + os.getpid() % 20000, 60000, 4):
+def perplexity(logits, targets):
+    """exp of the mean cross-entropy: logits (N, T, V), targets (N, T)."""
+    z = logits.astype(np.float64)
+    z = z - z.max(-1, keepdims=True)
+    return float(np.exp((np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, targets[..., None], -1)[..., 0]).mean()))
+
+
+# ------------------------------------------------------------------------------------------------ all parties here
+def free_addresses(n):
+    """n addresses on this machine, each with its port and the next one free."""
+    for port in range(20000 + os.getpid() % 20000, 60000, 2 * n):
         try:
-            for p in range(port, port + 4):
+            for p in range(port, port + 2 * n):
                 socket.create_server(("127.0.0.1", p)).close()
-            return f"127.0.0.1:{port}", f"127.0.0.1:{port + 2}"
+            return [f"127.0.0.1:{port + 2 * i}" for i in range(n)]
         except OSError:
             continue
-    die("no four free ports in a row on 127.0.0.1")
+    die(f"no {2 * n} free ports in a row on 127.0.0.1")
 
 
-def both(model, tokenizer):
-    """Export the model, run client and server as two processes, return the client's result with plain logits beside it."""
+def both(model, tokenizer, val, plain=False):
+    """Export the model, run every party as a process of its own, return the client's result with plain logits beside it."""
     import torch
-    from pi_export import write
+    from pi_export import export, plain_export, write
+    from party import ROLES
+    me, parties, c = [sys.executable, os.path.abspath(__file__)], [], model.config
+    roles = ROLES[:3 if protocol == "aby3" else 2]
     with tempfile.TemporaryDirectory() as folder:
-        write(model, tokenizer, os.path.join(folder, "server"))
-        shared = os.path.join(folder, "server", "public.json")
-        result = os.path.join(folder, "result.json")
-        a, b = free_addresses()
-        common = [f"--{k}={globals()[k]}" for k in ("protocol", "measure_layers", "timeout", "connect_timeout", "seed")]
-        me = [sys.executable, os.path.abspath(__file__)]
-        parties = [subprocess.Popen([*me, "--role=client", f"--public={shared}", f"--prompt={prompt}", f"--listen={a}", f"--peer={b}", f"--json_path={result}", *common]),
-                   subprocess.Popen([*me, "--role=server", f"--private={os.path.join(folder, 'server')}", f"--listen={b}", f"--peer={a}", *common])]
+        secret, result, logits = (os.path.join(folder, name) for name in ("server", "result.json", "logits.npz"))
+        write(model, tokenizer, secret, plain_export if plain else export)
+        shared = os.path.join(secret, "public.json")
+        ids, texts = tokenize(read_json(shared), prompt), held_out(read_json(shared), val) if windows else None
+        addresses = free_addresses(2 * len(roles))
+        own = seen = addresses[:len(roles)]
+        relay = None
+        if network != "none":
+            seen = addresses[len(roles):]
+            relay = subprocess.Popen([sys.executable, os.path.join(os.path.dirname(me[1]), "relay.py"), f"--network={network}", f"--client={own[0]}", f"--server={own[1]}",
+                                      f"--client_front={seen[0]}", f"--server_front={seen[1]}"], stdout=subprocess.PIPE, text=True)
+            print(relay.stdout.readline(), end="", flush=True)
+        common = [f"--{k}={globals()[k]}" for k in ("protocol", "measure_layers", "reveal", "windows", "timeout", "connect_timeout", "seed", "tls")] + [f"--plain={plain}"]
+        extra = {"client": [f"--public={shared}", f"--prompt={prompt}", f"--windows_file={val}", f"--json={result}", f"--logits_file={logits}"],
+                 "server": [f"--private={secret}"], "helper": [f"--public={shared}"]}
         try:
+            for rank, name in enumerate(roles):
+                others = ",".join(seen[i] for i in range(len(roles)) if i != rank)
+                parties.append(subprocess.Popen([*me, f"--role={name}", f"--listen={own[rank]}", f"--peer={others}", *extra[name], *common],
+                                                stdout=None if name == "client" else subprocess.DEVNULL))
             while any(p.poll() is None for p in parties) and not any(p.poll() for p in parties):
                 time.sleep(0.1)
-            for p in parties:  # if one failed the other notices by itself, and says so
+            for p in parties:  # if one failed the others notice by themselves, and say so
                 p.wait(timeout=20)
         except subprocess.TimeoutExpired:
             pass
-        finally:
+        finally:  # Ctrl-C and SIGTERM come here too
             for p in parties:
                 p.kill()
                 p.wait()
+            if relay:
+                relay.terminate()
+                passed = relay.communicate()[0]
         if any(p.returncode for p in parties):
             die("the private run failed, see above")
         r = read_json(result)
-        if "logits" in r:
-            ids = tokenize(read_json(shared), prompt)
+        if relay:
+            r["bytes_tcp"] = sum(loads(passed).values())
+        if "token" in r:
             with torch.no_grad():
-                plain = model(torch.from_numpy(ids)[None])[0][0, -1].numpy()
-            r |= {"max_abs_err": float(np.abs(np.array(r.pop("logits")) - plain).max()), "plain_token": int(plain.argmax())}
-    return {"arch": model.config.name, "n_layer": model.config.n_layer, "block_size": model.config.block_size, "vocab_size": model.config.vocab_size,
-            "n_embd": model.config.n_embd, "n_head": model.config.n_head, "network": "none", "protocol": protocol, **r,
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version()}
-
-
-def newest_checkpoint():
-    from glob import glob
-    found = sorted(glob("out/**/ckpt.pt", recursive=True), key=os.path.getmtime)
-    return found[-1] if found else die("no checkpoint under out/: train one with python train.py, or give --ckpt or --archs")
+                clear = model(torch.from_numpy(ids)[None])[0][0, -1].numpy()
+                r["plain_token"] = int(clear.argmax())
+                if reveal == "logits":
+                    secure = np.load(logits)
+                    errors = [np.abs(secure["next"] - clear).max()]
+                    if windows:
+                        clear = model(torch.from_numpy(texts[:, :-1]))[0].numpy()
+                        errors.append(np.abs(secure["windows"] - clear).max())
+                        r |= {"plain_perplexity": perplexity(clear, texts[:, 1:]), "top1_agreement": float((clear.argmax(-1) == secure["windows"].argmax(-1)).mean())}
+                    r["max_abs_err"] = float(max(errors))
+    import spu
+    sizes = {k: getattr(c, k) for k in ("n_layer", "block_size", "n_embd", "n_head", "vocab_size")}
+    return {"arch": c.name + " plain" * plain, **sizes, "network": network, "protocol": protocol, "max_abs_err": None, **r,
+            "nonlinear_ops": {k: f"{n} x {a}x{b}" for k, (n, (a, b)) in model.nonlinear_ops().items()}, "flops": model.flops(),
+            "settings": {"reveal": reveal, "tls": bool(tls), "seed": seed, "plain": plain, "weights": "random" if archs else "trained"},
+            "versions": {"spu": spu.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores for all parties"}
 
 
 def models():
-    """(model, tokenizer or None) of the checkpoint, or of every architecture asked for, its weights random and seeded."""
+    """(model, tokenizer or None, path of val.bin) of the checkpoint, or of every architecture asked for, its weights random and seeded."""
     import torch
     from model import GPT, GPTConfig, load_checkpoint
     if not archs:
+        from glob import glob
+        found = [ckpt] if ckpt else sorted(glob("out/**/ckpt.pt", recursive=True), key=os.path.getmtime)
+        if not found:
+            die("no checkpoint under out/: train one with python train.py, or give --ckpt or --archs")
         try:
-            checkpoint = load_checkpoint(ckpt or newest_checkpoint())
+            checkpoint = load_checkpoint(found[-1])
         except (OSError, ValueError) as e:
             die(e)
-        yield GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer")
+        s = checkpoint.get("settings", {})
+        yield GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer"), windows_file or os.path.join(s.get("data_dir", "data"), s.get("dataset", "pycode"), "val.bin")
         return
-    for name in archs.split(","):
-        path, flags = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", name + ".py"), {}
-        if not os.path.isfile(path):
+    here = os.path.dirname(os.path.abspath(__file__))
+    for name in archs.split(","):  # all of them are read before the first is run
+        if not os.path.isfile(os.path.join(here, "config", name + ".py")):
             die(f"no architecture {name!r}: --archs takes names of config/, such as sm_ln_g,sm_scfuffn", 2)
-        with open(path) as f:
+    keys = [k for k in GPTConfig.__dataclass_fields__ if k in globals()]
+    for name in archs.split(","):
+        flags = {}
+        with open(os.path.join(here, "config", name + ".py")) as f:
             exec(f.read(), {}, flags)
-        size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        flags = {k: v for k, v in flags.items() if k in GPTConfig.__dataclass_fields__}
         torch.manual_seed(seed)
         try:
-            yield GPT(GPTConfig(**size, **{k: v for k, v in flags.items() if k in GPTConfig.__dataclass_fields__})).eval(), None
+            yield GPT(GPTConfig(**{k: globals()[k] for k in keys} | flags)).eval(), None, windows_file
         except ValueError as e:
             die(e, 2)
 
 
+# ------------------------------------------------------------------------------------------------ what it cost
+def published(r):
+    """(GB, minutes) that the paper prints for a run's architecture and size, or None."""
+    if (r["n_embd"], r["n_head"]) != (768, 12):
+        return None
+    name = r["arch"].removesuffix(" plain")
+    return PUBLISHED.get((r["n_layer"], r["block_size"]), {}).get("SM+ScFuFFN" if name.endswith("ScFuFFN)") or name == "SM+ScFuFFN" else name)
+
+
 def table(results):
-    kinds = list(dict.fromkeys(kind for r in results for kind in r["bytes_by_kind"]))
-    rows = [["", *(r["arch"] for r in results)], ["total MB, both directions", *(f"{r['bytes_total'] / 1e6:,.1f}" for r in results)]]
-    rows += [[f"  {kind}", *(f"{r['bytes_by_kind'].get(kind, 0) / 1e6:,.1f}" for r in results)] for kind in kinds]
-    rows += [["  (truncations, of all)", *(f"{r['bytes_of_truncations'] / 1e6:,.1f}" for r in results)],
-             ["messages", *(f"{r['messages']:,}" for r in results)], ["seconds", *(f"{r['seconds']:.1f}" for r in results)],
-             ["layers run / multiplied to", *(f"{r['measured_layers']} / {r['n_layer']}" for r in results)],
-             ["max |secure - plain| logit", *(f"{r['max_abs_err']:.1e}" if "max_abs_err" in r else "" for r in results)],
-             ["same token as in plain", *({True: "yes", False: "NO"}[r["token"] == r["plain_token"]] if "token" in r else "" for r in results)]]
+    """The results side by side, a column for each, as the paper's tables have them."""
+    first, rows = results[0], [["", *(r["arch"] for r in results)]]
+
+    def row(name, cell):
+        rows.append([name, *(cell(r) or "" for r in results)])
+
+    for kind, name in dict(SM="softmaxes", LN="LayerNorms", G="GELUs", R="ReLUs").items():
+        if any(kind in r["nonlinear_ops"] for r in results):
+            row(name, lambda r: r["nonlinear_ops"].get(kind))
+    row("FLOPs, FFN / attention", lambda r: " / ".join(f"{r['flops'][k] / 1e9:.1f}B" if r["flops"][k] > 1e8 else f"{r['flops'][k] / 1e6:.2f}M" for k in ("ffn", "attn")))
+    row("MB, both directions", lambda r: f"{r['bytes_total'] / 1e6:,.1f}")
+    for kind in dict.fromkeys(kind for r in results for kind in r["bytes_by_kind"]):
+        row(f"  {kind}", lambda r: f"{r['bytes_by_kind'].get(kind, 0) / 1e6:,.1f}")
+    row("  (truncations, of all)", lambda r: f"{r['bytes_of_truncations'] / 1e6:,.1f}")
+    row("exchanges (rounds at most)", lambda r: f"{r['rounds']:,}")
+    row(f"seconds, link {first['network']}", lambda r: f"{r['seconds']:.1f}")
+    row("layers run, of", lambda r: f"{r['measured_layers']}, {r['n_layer']}" + " (layers and embedding multiplied)" * (r["measured_layers"] < r["n_layer"]))
+    if len(results) > 1:
+        row(f"fewer bytes than {first['arch']}", lambda r: f"{first['bytes_total'] / r['bytes_total']:.2f}x")
+        row(f"faster than {first['arch']}", lambda r: f"{first['seconds'] / r['seconds']:.2f}x")
+    if any(map(published, results)):
+        row("published by the paper: GB", lambda r: published(r) and f"{published(r)[0]:.2f}")
+        row("  minutes, its machines", lambda r: published(r) and f"{published(r)[1]:.2f}")
+    row("peak memory of a party, GB", lambda r: f"{max(r['peak_memory_bytes'].values()) / 1e9:.1f}")
+    if any("token" in r for r in results):
+        row("max |secure - plain| logit", lambda r: f"{r['max_abs_err']:.1e}" if r["max_abs_err"] is not None else "")
+        row("same token as in plain", lambda r: {True: "yes", False: "NO", None: ""}[r["token"] == r["plain_token"] if "token" in r else None])
+    if windows:
+        row("top-1 agreement", lambda r: f"{r['top1_agreement']:.1%} of {windows * r['block_size']}")
+        row("perplexity, secure / plain", lambda r: f"{r['secure_perplexity']:.3f} / {r['plain_perplexity']:.3f}")
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def draw(results, path):
+    """A bar of bytes for each architecture, split by kind of operation."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    kinds = sorted({kind for r in results for kind in r["bytes_by_kind"]}, key=lambda k: -max(r["bytes_by_kind"].get(k, 0) for r in results))
+    fig, ax = plt.subplots(figsize=(9, 1.6 + 0.6 * len(results)), layout="constrained")
+    unit, name = (1e9, "GB") if max(r["bytes_total"] for r in results) > 1e9 else (1e6, "MB")
+    y, left = np.arange(len(results))[::-1], np.zeros(len(results))
+    for i, kind in enumerate(kinds):
+        width = np.array([r["bytes_by_kind"].get(kind, 0) / unit for r in results])
+        ax.barh(y, width, left=left, label=kind, color=plt.cm.viridis(0.05 + 0.9 * i / max(1, len(kinds) - 1)), edgecolor="white", linewidth=0.8)
+        left += width
+    for at, total in zip(y, left):
+        ax.text(total, at, f" {total:.2f} {name}", va="center")
+    r = results[0]
+    ax.set(yticks=y, yticklabels=[r["arch"] for r in results], xlim=(0, 1.15 * left.max()), xlabel=f"{name} of one private next token, both directions",
+           title=f"{r['n_layer']} layers, width {r['n_embd']}, T = {r['block_size']}, vocabulary {r['vocab_size']:,}, {r['protocol']}")
+    ax.legend(ncols=1, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=150)
 
 
 def main():
     configure(globals())
-    for key, allowed in dict(role=("both", "client", "server"), protocol=("cheetah", "semi2k")).items():
+    for key, allowed in dict(role=("both", "client", "server", "helper"), protocol=("cheetah", "semi2k", "aby3"), network=("none", *NETWORKS), reveal=("logits", "token")).items():
         if globals()[key] not in allowed:
             die(f"{key} must be one of {', '.join(allowed)}, and is {globals()[key]!r}", 2)
+    if windows and (reveal == "token" or measure_layers or archs):
+        die("--windows compares the logits of a whole trained model: not with --reveal=token, --measure_layers or --archs", 2)
+    if network != "none" and protocol == "aby3":
+        die("--network joins two parties, and aby3 has three", 2)
     if not find_spec("spu"):
         die("spu is not installed: it needs Python 3.10 or 3.11, then pip install -r requirements.txt")
     if role != "both":
         return one_party()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no party outlives us
     results = []
-    for model, tokenizer in models():
-        print(f"--- {model.config.name}", flush=True)
-        results.append(both(model, tokenizer))
-        if json_path:  # after each, so that an interrupted comparison keeps what it has
-            with open(json_path + ".tmp", "w") as f:
-                json.dump(results, f, indent=1)
-            os.replace(json_path + ".tmp", json_path)
+    for model, tokenizer, val in models():
+        for as_first in [True] * baseline + [plain]:
+            print(f"--- {model.config.name}{' plain' * as_first}", flush=True)
+            results.append(both(model, tokenizer, val, as_first))
+            if json:  # after each, so that an interrupted comparison keeps what it has
+                write_json(json, results)
     print(table(results))
+    if chart:
+        draw(results, chart)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import json
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
@@ -90,7 +91,12 @@ def fold_block(block, c):
             arrays["out"] = (np.vstack((W, o @ W)), bo @ W + b)
     if "out" not in arrays and c.learnable_ffn_scale:
         arrays["beta"] = (np.array(beta),)
-    return {name + suffix: a for name, pair in arrays.items() for suffix, a in zip(("", "_b"), pair)}
+    return named(arrays)
+
+
+def named(pairs):
+    """{name: (W, b) or (W,)} as {name: W, name_b: b}."""
+    return {name + suffix: a for name, pair in pairs.items() for suffix, a in zip(("", "_b"), pair)}
 
 
 def export(model, dtype=np.float32):
@@ -110,24 +116,16 @@ def drop_zero_biases(arrays):
 
 
 # ------------------------------------------------------------------------------------------------ nonlinear functions, exact
-def normalise(x):
+def normalise(x, square=lambda x: x * x):
     """LayerNorm without gain and bias, rows of (T, d)."""
     x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    return x * jax.lax.rsqrt(square(x).mean(-1, keepdims=True) + 1e-5)
 
 
 def exponentials(s):
     """exp(logit - row maximum) of the causal logits s (H, T, T), given in units of LOGIT_UNIT; 0 above the diagonal."""
     s = jnp.where(np.tri(s.shape[-1], dtype=bool), LOGIT_UNIT * s, -jnp.inf)
     return jnp.exp(s - s.max(-1, keepdims=True))
-
-
-def gelu(x):
-    return jax.nn.gelu(x, approximate=False)
-
-
-def gelu_tanh(x):
-    return jax.nn.gelu(x, approximate=True)
 
 
 # ------------------------------------------------------------------------------------------------ and as MPC affords them
@@ -190,8 +188,17 @@ def secure_gelu(x):
     return relu + jnp.where(t < 3.3, c4 * square(t2 + a * t) + (c2 - c4 * a * a) * t2 + c1 * t + c0, 0.0)
 
 
-EXACT = dict(normalise=normalise, exponentials=exponentials, gelu=gelu, gelu_tanh=gelu_tanh, relu=jax.nn.relu)
-SECURE = dict(normalise=normalise, exponentials=secure_exponentials, gelu=secure_gelu, gelu_tanh=secure_gelu, relu=jax.nn.relu)
+def secure_argmax(x):
+    """Indices (rows,) of the row maxima of x (rows, V): a tree of V - 1 comparisons, each with a choice of the value and of its index."""
+    index = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape)
+    while (half := x.shape[-1] // 2):
+        left = x[:, :half] >= x[:, half:2 * half]
+        x, index = (jnp.hstack((jnp.where(left, a[:, :half], a[:, half:2 * half]), a[:, 2 * half:])) for a in (x, index))
+    return index[:, 0]
+
+
+EXACT = dict(normalise=normalise, exponentials=exponentials, gelu=partial(jax.nn.gelu, approximate=False), gelu_tanh=jax.nn.gelu, relu=jax.nn.relu)
+SECURE = dict(normalise=lambda x: normalise(x, square), exponentials=secure_exponentials, gelu=secure_gelu, gelu_tanh=secure_gelu, relu=jax.nn.relu)
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass
@@ -205,13 +212,17 @@ def matmul(x, W, *b):
     return x @ W + b[0] if b else x @ W
 
 
+def weights_in(arrays):
+    """name -> the inputs that stand for it: the matrix, and its bias if it has one."""
+    return lambda name: [f"W.{name}"] + [f"W.{name}_b"] * (name + "_b" in arrays)
+
+
 def block_steps(c, block, f):
     """
     One block as steps (kind, output, function, inputs): outputs and inputs are names of values, a name that starts with "W."
     being one of the block's arrays. Splitting costs nothing under MPC, and shows what each kind of operation costs.
     """
-    def W(name):
-        return [f"W.{name}", f"W.{name}_b"] if name + "_b" in block else [f"W.{name}"]
+    W = weights_in(block)
 
     def norm(x):
         return [("LayerNorm", "n", f["normalise"], [x])] if c.use_layernorm else []
@@ -245,9 +256,8 @@ def unheads(y):
 
 def head_steps(c, tree, f):
     """The logits of rows x."""
-    W = ["W.head"] + ["W.head_b"] * ("head_b" in tree)
-    return [("head", "n", f["normalise"], ["x"]), ("head", "logits", matmul, ["n"] + W)] if c.use_layernorm else \
-        [("head", "logits", matmul, ["x"] + W)]
+    n = "n" if c.use_layernorm else "x"
+    return [("head", "n", f["normalise"], ["x"])] * c.use_layernorm + [("head", "logits", matmul, [n] + weights_in(tree)("head"))]
 
 
 def run(steps, arrays, values):
@@ -257,16 +267,75 @@ def run(steps, arrays, values):
     return values
 
 
-def forward(tree, c, one_hot, f=EXACT):
+def forward(tree, c, one_hot, f=EXACT, steps=(block_steps, head_steps)):
     """
     Logits (T, V) of one sequence. one_hot: (T, V), row i the token at position i; c: the GPTConfig; f: EXACT or SECURE,
-    whose square() means what it says only where exp(x) is (1 + x/2)^2.
+    whose square() means what it says only where exp(x) is (1 + x/2)^2; steps: those that `tree` was exported for.
     """
     values = {"x": one_hot @ tree["wte"] + tree["wpe"][:len(one_hot)]}
     for block in tree["blocks"]:
         block = {k: v[:, :len(one_hot)] if k == "inverse_t" else v for k, v in block.items()}
-        run(block_steps(c, block, f), block, values)
-    return run(head_steps(c, tree, f), tree, values)["logits"]
+        run(steps[0](c, block, f), block, values)
+    return run(steps[1](c, tree, f), tree, values)["logits"]
+
+
+# ------------------------------------------------------------------------------------------------ as one would write it first
+def plain_export(model, dtype=np.float32):
+    """The same model with nothing folded: every matrix as it was trained (norms resolved), what export() is measured against."""
+    c = model.config
+
+    def block(block):
+        arrays = {name: matrix(getattr(block.attn, name)) for name in ("qk", "v", "o")}
+        arrays |= {name: matrix(getattr(block.ffn, name)) for name in (["w_ffn"] if c.fuse_ffn else ["w_in", "w_out"])}
+        if c.use_layernorm:
+            arrays |= {name: (getattr(block, name).weight.detach().numpy(), getattr(block, name).bias.detach().numpy()) for name in ("ln_1", "ln_2")}
+        if c.learnable_temperature:
+            arrays["inverse_t"] = (1 / block.attn.temperature.detach().numpy()[:, :, None],)
+        if c.learnable_ffn_scale:
+            arrays |= {"inverse_alpha": (np.array(1 / block.alpha.item()),), "beta": (np.array(block.beta.item()),)}
+        return named(arrays)
+
+    top = {"ln_f": (model.ln_f.weight.detach().numpy(), model.ln_f.bias.detach().numpy())} if c.use_layernorm else {}
+    wte = model.wte.weight.detach().numpy()
+    tree = {"wte": wte, "wpe": model.wpe.weight.detach().numpy(), "head": wte.T, **named(top), "blocks": [drop_zero_biases(block(b)) for b in model.blocks]}
+    return jax.tree.map(lambda a: np.asarray(a, dtype), tree)
+
+
+def layer_norm(x, gain, *shift):
+    return normalise(x) * gain + sum(shift)
+
+
+def plain_block_steps(c, block, f=None):
+    """block_steps() over plain_export()'s arrays, with jax.nn's functions and the formulas of the paper as they stand."""
+    W, H, n = weights_in(block), c.n_head, "n" if c.use_layernorm else "x"
+
+    def norm(name):
+        return [("LayerNorm", "n", layer_norm, ["x"] + W(name))] * c.use_layernorm
+
+    def logits(qk, *inverse_t):
+        q, k = qk.reshape(len(qk), 2, H, -1).transpose(1, 2, 0, 3)
+        return (q * inverse_t[0] if inverse_t else q) @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1])
+
+    def softmax(s):  # SPU's exp makes garbage of -inf, so that masked entries go after it
+        return jax.nn.softmax(s, where=np.tri(s.shape[-1], dtype=bool))
+
+    steps = norm("ln_1") + [("matmul", "qk", matmul, [n] + W("qk")), ("matmul", "v", matmul, [n] + W("v")),
+                            ("matmul", "s", logits, ["qk"] + ["W.inverse_t"] * c.learnable_temperature), ("softmax", "a", softmax, ["s"]),
+                            ("matmul", "y", lambda a, v: unheads(a @ v.reshape(len(v), H, -1).transpose(1, 0, 2)), ["a", "v"]),
+                            ("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))] + norm("ln_2")
+    if c.fuse_ffn:
+        steps += [("matmul", "h", matmul, [n] + W("w_ffn"))]
+    else:
+        act = [("GELU", "h", partial(jax.nn.gelu, approximate=c.gelu_tanh), ["h"])] * c.use_gelu + [("ReLU", "h", jax.nn.relu, ["h"])] * c.use_relu
+        steps += [("matmul", "h", matmul, [n] + W("w_in")), *act, ("matmul", "h", matmul, ["h"] + W("w_out"))]
+    if c.learnable_ffn_scale:
+        return steps + [("matmul", "x", lambda x, h, a, b: b * x + a * h, ["x", "h", "W.inverse_alpha", "W.beta"])]
+    return steps + [("matmul", "x", lambda x, h: x + h, ["x", "h"])]
+
+
+def plain_head_steps(c, tree, f=None):
+    n, W = "n" if c.use_layernorm else "x", weights_in(tree)
+    return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.use_layernorm + [("head", "logits", matmul, [n] + W("head"))]
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -295,8 +364,8 @@ def load_weights(path):
         raise ValueError(f"{path} is not a whole server.npz ({type(e).__name__}): make it again with python pi_export.py") from e
 
 
-def write(model, tokenizer, folder):
-    """server.npz and public.json of a model into a folder. Returns the arrays written, flat."""
+def write(model, tokenizer, folder, export=export):
+    """server.npz and public.json of a model, its arrays made by `export`, into a folder. Returns the arrays written, flat."""
     arrays = flatten(export(model))
     public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer}
     os.makedirs(folder, exist_ok=True)

@@ -33,6 +33,17 @@ def test_foldings_are_exact(name):
     assert logits.dtype == np.float64 and np.abs(logits - wanted).max() < 1e-11 * max(1, np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_unfolded_form_is_the_same_model(name):
+    """plain_export and its steps, against which the foldings are measured, are no straw man: they give the same logits."""
+    model, idx = build(**VARIANTS[name]), tokens(B=1, T=7)
+    with jax.experimental.enable_x64():
+        logits = np.asarray(forward(pi_export.plain_export(model, np.float64), model.config, one_hot(idx[0]), None,
+                                    (pi_export.plain_block_steps, pi_export.plain_head_steps)))
+    wanted = model(idx)[0][0].detach().numpy()
+    assert np.abs(logits - wanted).max() < 1e-11 * max(1, np.abs(wanted).max())
+
+
 def test_a_softmax_only_block_is_two_matrices():
     """Q, K, V in one and all the rest in the other: no projection, no FFN, no scale, no norm is left to multiply."""
     for name in ("SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN"):
@@ -87,7 +98,7 @@ def test_the_exponential_fit(in_the_clear):
 
 def test_the_gelu_fit(in_the_clear):
     x = np.linspace(-20, 20, 100_001, dtype=np.float32)
-    for exact in (pi_export.gelu, pi_export.gelu_tanh):
+    for exact in (pi_export.EXACT["gelu"], pi_export.EXACT["gelu_tanh"]):
         assert np.abs(np.asarray(pi_export.secure_gelu(x) - exact(x))).max() < 3e-3
 
 
@@ -99,6 +110,14 @@ def test_causal_softmax_by_packing(in_the_clear, T, scale):
     assert np.array_equal(np.asarray(pi_export.causal_row_max(s))[..., 0], seen.max(-1))
     e, exact = np.asarray(pi_export.secure_exponentials(s)), np.asarray(pi_export.exponentials(s))
     assert np.abs(e - exact).max() < 1e-3 and not e[:, ~np.tri(T, dtype=bool)].any()
+
+
+@pytest.mark.parametrize("V", [1, 2, 3, 8, 101])
+def test_argmax_by_a_tree(V):
+    x = np.random.default_rng(V).standard_normal((5, V)).astype(np.float32)
+    x[0] = 1.0  # among equals any will do
+    found = np.asarray(pi_export.secure_argmax(x))
+    assert np.array_equal(x[np.arange(5), found], x.max(-1)) and np.array_equal(found[1:], x.argmax(-1)[1:])
 
 
 @pytest.mark.parametrize("name", ["SM+LN+G", "SM+LN+R", "SM(t)+ScFuFFN"])

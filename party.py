@@ -1,0 +1,282 @@
+"""
+One side of a private inference: SecretFlow SPU's runtime, its TCP link to the other side, and the model run over both.
+
+- rank 0 is the client (holds the prompt, alone learns the result), 1 the server (holds the weights), 2 the helper of aby3
+- a party gives a value only for what it owns; for the others' secrets it knows the shape and nothing else
+- bytes, messages and seconds of each step come from SPU's own profile, in bytes of both directions as this rank counts them
+- a second connection, on the server's PORT + 1, where the parties greet, agree on the model and notice each other's death
+"""
+import json
+import os
+import queue
+import re
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+
+from configurator import die
+
+ROLES = ("client", "server", "helper")
+CHUNK = 2048     # rows of the embedding a matrix product takes: one for all would need 88 GB at V = 50257
+SCALE = 2.0**16  # the embedding is looked up as integers, exact to 1 / SCALE
+
+
+class Party:
+    """
+    SPU's runtime of one rank. addresses: HOST:PORT by rank, this rank's own being where it listens. protocol: cheetah,
+    semi2k or aby3. timeout: seconds without a word in the middle of a step. tls: a folder, see tls_files(), or "".
+    plain: SPU's default settings and secret-shared weights, what pi_export.plain_steps() is measured under.
+    """
+
+    def __init__(self, rank, addresses, protocol, timeout, tls="", plain=False):
+        import spu
+        from spu import libspu
+        self.spu, self.rank, self.size, self.plain = spu, rank, len(addresses), plain
+        # SPU's profile is written by C++ to stdout: send that to a file, and keep the terminal for ourselves
+        self.profile = tempfile.TemporaryFile("w+")
+        self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(self.profile.fileno(), 1)
+        desc = libspu.link.Desc()
+        for name, address in zip(ROLES, addresses):
+            desc.add_party(name, address)
+        desc.recv_timeout_ms = desc.http_timeout_ms = timeout * 1000
+        if tls:
+            ca, cert, key = tls_files(tls)
+            desc.enable_ssl = True
+            for options in (desc.client_ssl_opts, desc.server_ssl_opts):
+                options.cert.certificate_path, options.cert.private_key_path = cert, key
+                options.verify.ca_file_path, options.verify.verify_depth = ca, 1
+        self.link = libspu.link.create_brpc(desc, rank)
+        config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol.upper()), field=libspu.FieldType.FM64, fxp_fraction_bits=18)
+        config.enable_pphlo_profile = config.enable_hal_profile = True
+        if not plain:
+            config.experimental_enable_colocated_optimization = True  # private x secret is a third of secret x secret
+            config.fxp_exp_iters = 1  # pi_export.square
+            config.cheetah_2pc_config.enable_mul_lsb_error = True  # products are off by at most 2^-36, for a quarter fewer bytes
+            # Not bound in Python: cheetah_2pc_config.ot_kind = EMP_Ferret, the same bytes in an eighth of the messages
+            config.ParseFromString(config.SerializeToString() + bytes([0xC2, 0x04, 0x02, 0x18, 2]))
+        self.config = config
+        self.runtime, self.io, self.compiled = spu.Runtime(self.link, config), spu.Io(self.size, config), {}
+
+    def put(self, name, shape, owner, value=None, dtype=np.float32):
+        """A secret input of `owner`'s: it alone gives a value, the others only the shape."""
+        value = np.array(value, dtype) if self.rank == owner else np.zeros(shape, dtype)
+        assert value.shape == tuple(shape), (name, value.shape, shape)
+        shares = self.io.make_shares(value, self.spu.Visibility.VIS_SECRET, owner)
+        share = shares[self.rank]
+        if self.plain:  # random shares, the owner deals them; colocated, the owner's share is the value and nothing travels
+            if self.rank == owner:
+                for rank in range(self.size):
+                    if rank != owner:
+                        self.send(rank, shares[rank])
+            else:
+                share = self.receive(owner)
+        self.runtime.set_var(name, share)
+
+    def send(self, rank, share):
+        for part in (share.meta, len(share.share_chunks).to_bytes(4, "big"), *share.share_chunks):
+            self.link.send(rank, part)
+
+    def receive(self, rank):
+        share = self.spu.libspu.Share()
+        share.meta = self.link.recv(rank)
+        share.share_chunks = [self.link.recv(rank) for _ in range(int.from_bytes(self.link.recv(rank), "big"))]
+        return share
+
+    def reveal(self, name):
+        """The value, to the client alone: the others send their shares and learn nothing."""
+        share = self.runtime.get_var(name)
+        if self.rank:
+            return self.send(0, share)
+        return self.io.reconstruct([share] + [self.receive(rank) for rank in range(1, self.size)])
+
+    def run(self, key, function, inputs, output):
+        """
+        Compile (once per key) and run function over the named values. inputs: {name: (shape, dtype)}. Returns the output's
+        shape and dtype, and the cost, an array: bytes of both directions, messages (of the busier direction: an exchange of two
+        at once counts as one), seconds, and which of the bytes were truncations'.
+        """
+        import jax
+        import spu.utils.frontend as frontend
+        if key not in self.compiled:
+            example = [jax.ShapeDtypeStruct(*spec) for spec in inputs.values()]
+            self.compiled[key] = frontend.compile(frontend.Kind.JAX, function, example, {}, list(inputs), [self.spu.Visibility.VIS_SECRET] * len(example),
+                                                  lambda flat: [output], copts=self.spu.libspu.CompilerOptions())
+        start, at = time.time(), os.fstat(self.profile.fileno()).st_size
+        self.runtime.run(self.compiled[key][0])
+        seconds = time.time() - start
+        self.profile.seek(at)
+        log = self.profile.read()
+        sent, received, sends, receives = map(int, re.findall(r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)", log)[-1])
+        truncation = sum(int(a) + int(b) for a, b in re.findall(r"- trunc\w*, executed .*?send bytes (\d+) recv bytes (\d+)", log))
+        out = self.compiled[key][1]
+        return (out.shape, out.dtype), np.array([sent + received, max(sends, receives), seconds, truncation])
+
+
+def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0, reveal="logits", every_row=False):
+    """
+    One private forward pass. public: public.json's dict; weights: server.npz's arrays on the server, else None; ids: the
+    prompt's tokens on the client, else None; reveal: "logits" or "token"; layers: how many to run, 0 for all. With fewer
+    than all only two chunks of the embedding are looked up, too, and the result means nothing.
+
+    Returns (result, costs). result, None but on the client: logits (V,) of the last position, or its most likely token, or
+    with every_row the logits (T, V). costs: [(kind, times, cost of Party.run)] in the order run; times is how many equal
+    pieces this one stands for, itself included. told(stage, costs) is called after each stage.
+    """
+    import jax.numpy as jnp
+    from model import GPTConfig
+    from pi_export import SECURE, block_steps, head_steps, plain_block_steps, plain_head_steps, secure_argmax, square
+    c, shapes = GPTConfig(**public["config"]), {k: tuple(v) for k, v in public["shapes"].items()}
+    T, V, d, server, client = c.block_size, c.vocab_size, c.n_embd, party.rank == 1, party.rank == 0
+    of_block, of_head = (plain_block_steps, plain_head_steps) if party.plain else (block_steps, head_steps)
+    one_hot = last = None
+    if client:
+        one_hot, last = np.zeros((T, V), np.int32), np.zeros((1, T), np.float32)
+        one_hot[np.arange(len(ids)), ids] = 1  # rows past the prompt are empty: no position before them sees them
+        last[0, len(ids) - 1] = 1
+    specs, costs, layers = {}, [], min(layers or c.n_layer, c.n_layer)
+    rows_run = V if layers == c.n_layer else min(V, 2 * CHUNK)
+
+    def put(name, shape, owner, value, dtype=np.float32):
+        specs[name] = (tuple(shape), dtype)
+        party.put(name, shape, owner, value, dtype)
+
+    def step(kind, output, function, inputs, scope, times=1):
+        specs[output], cost = party.run((scope, output, tuple(inputs), kind), function, {name: specs[name] for name in inputs}, output)
+        costs.append((kind, times, cost))
+
+    # the first comparison, square and product of each kind make the oblivious transfers' and the encryption's keys: counted apart
+    put("mine", (2, 2), 0, np.ones((2, 2)) if client else None)
+    put("theirs", (2, 2), 1, np.ones((2, 2)) if server else None)
+    step("set-up", "ready", lambda a, b: jnp.maximum(square(a + b) @ (a + b), a) + (a + b) @ b, ["mine", "theirs"], "set-up")
+    told("set-up", costs)
+
+    for start in range(0, rows_run, CHUNK):
+        rows = min(CHUNK, V - start)
+        times = 1 if start + rows < rows_run else (V - start) / rows
+        put("hot", (T, rows), 0, one_hot[:, start:start + rows] if client else None, np.int32)
+        put("wte", (rows, d), 1, np.round(weights["wte"][start:start + rows] * SCALE) if server else None, np.int32)
+        step("embedding", "found", (lambda h, w: h @ w) if start == 0 else (lambda h, w, found: found + h @ w),
+             ["hot", "wte"] + ["found"] * (start > 0), f"embedding {rows}", times)
+        told(f"embedding {min(V, start + CHUNK):,}/{V:,}", costs)
+    put("wpe", (T, d), 1, weights["wpe"] if server else None)
+    step("embedding", "x", lambda found, wpe: found.astype(np.float32) * (1 / SCALE) + wpe, ["found", "wpe"], "embedding")
+
+    for layer in range(layers):
+        block = {name.split(".")[2]: shape for name, shape in shapes.items() if name.startswith(f"blocks.{layer}.")}
+        for name, shape in block.items():
+            put(f"W.{name}", shape, 1, weights[f"blocks.{layer}.{name}"] if server else None)
+        for i, (kind, output, function, inputs) in enumerate(of_block(c, block, SECURE)):
+            step(kind, output, function, inputs, f"step {i} {block.keys()}", 1 if layer + 1 < layers else c.n_layer - layer)
+        told(f"layer {layer + 1}/{c.n_layer}", costs)
+
+    if not every_row:  # the next token needs one row; which one is the client's secret
+        put("last", (1, T), 0, last)
+        step("head", "x", lambda last, x: last @ x, ["last", "x"], "select")
+    for name, shape in shapes.items():
+        if not name.startswith("blocks.") and name not in ("wte", "wpe"):
+            put(f"W.{name}", shape, 1, weights[name] if server else None)
+    for kind, output, function, inputs in of_head(c, shapes, SECURE):
+        step(kind, output, function, inputs, f"head {every_row}")
+    if reveal == "token":
+        step("argmax", "logits", secure_argmax, ["logits"], "argmax")
+    result = party.reveal("logits")
+    told("done", costs)
+    return result if result is None or every_row else result[0], costs
+
+
+def tls_files(folder):
+    """(ca.pem, cert.pem, key.pem) of a folder: who may sign either side's certificate, and one's own."""
+    files = [os.path.join(folder, name) for name in ("ca.pem", "cert.pem", "key.pem")]
+    for path in files:
+        if not os.path.isfile(path):
+            die(f"no {path}: --tls is a folder with ca.pem (who may sign the other side's certificate), cert.pem and key.pem", 2)
+    return files
+
+
+def tls_context(folder, server):
+    """A mutual one: each side shows its certificate and refuses a peer whose isn't signed by ca.pem."""
+    ca, cert, key = tls_files(folder)
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False  # the ca is the two parties' own: whoever it signed is who they mean
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(ca)
+        context.load_cert_chain(cert, key)
+    except (OSError, ValueError) as e:
+        die(f"can't use the certificates in {folder}: {e}", 2)
+    return context
+
+
+def greet(rank, addresses, mine, timeout, tls=""):
+    """
+    Meet the other parties on the server's PORT + 1 and compare what all must agree on, the dict `mine`: exits with a line if
+    one doesn't come within `timeout` seconds or differs. A thread for each then watches, and ends this process with a line
+    when the other's dies.
+
+    Returns farewell(word): tell the others the JSON value `word`, and return theirs, when all have finished.
+    """
+    host, port = addresses[1].rpartition(":")[0], int(addresses[1].rpartition(":")[2]) + 1
+    context = tls_context(tls, rank == 1) if tls else None
+    deadline, met, words = time.time() + timeout, [], queue.Queue()
+
+    def meet(sock):
+        sock.settimeout(timeout)
+        sock = context.wrap_socket(sock, server_side=rank == 1) if context else sock
+        sock.sendall(json.dumps(mine).encode() + b"\n")
+        lines = sock.makefile()
+        met.append((sock, lines, json.loads(lines.readline())))
+
+    try:
+        if rank == 1:
+            with socket.create_server((host, port)) as server:
+                while len(met) < len(addresses) - 1:
+                    server.settimeout(max(0.01, deadline - time.time()))
+                    meet(server.accept()[0])
+        while not met:
+            try:
+                meet(socket.create_connection((host, port), timeout=2))
+            except ssl.SSLError:
+                raise
+            except (OSError, ValueError):  # not there yet, or a relay in its place
+                if time.time() > deadline:
+                    raise TimeoutError from None
+                time.sleep(0.2)
+    except TimeoutError:
+        die(f"the other party did not come to {host}:{port} within {timeout} seconds: start it, or check --listen and --peer")
+    except ssl.SSLError as e:
+        why = e.verify_message if isinstance(e, ssl.SSLCertVerificationError) else e.reason or e
+        die(f"no secure connection at {host}:{port}: {why} (both sides need --tls, and certificates that the other's ca.pem signed)")
+    except (OSError, ValueError) as e:
+        die(f"can't talk to the other party at {host}:{port}: {e}")
+    for _, _, word in met:
+        for key in mine:
+            if word.get(key) != mine[key]:
+                die(f"the other party has another {key}: {word.get(key, 'none')!r} against {mine[key]!r} here")
+
+    def watch(lines):
+        try:
+            word = lines.readline()
+        except OSError:
+            word = ""
+        if not word:
+            print("error: the other party is gone (its process ended or the connection broke)", file=sys.stderr, flush=True)
+            os._exit(1)
+        words.put(json.loads(word))
+
+    for sock, lines, _ in met:
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        threading.Thread(target=watch, args=(lines,), daemon=True).start()
+
+    def farewell(word):
+        for sock, *_ in met:
+            sock.sendall(json.dumps(word).encode() + b"\n")
+        return [words.get() for _ in met]
+
+    return farewell

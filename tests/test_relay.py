@@ -1,0 +1,61 @@
+"""relay.py: what a link's bandwidth and delay do to a transfer, timed."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, run
+
+from relay import NETWORKS
+
+
+@pytest.mark.parametrize("network, megabytes", [("wan", 4), ("lan", 32)])
+def test_a_transfer_takes_its_time(network, megabytes):
+    """The client sends bytes through the relay and the server answers one: a round trip, and the bytes over the bandwidth."""
+    bandwidth, delay = NETWORKS[network]
+    client, server, client_front, server_front = (f"127.0.0.1:{21000 + os.getpid() % 30000 + 2 * i}" for i in range(4))
+
+    def port(address):
+        return "127.0.0.1", int(address.split(":")[1])
+
+    listener = socket.create_server(port(server))
+    relay = subprocess.Popen([sys.executable, ROOT / "relay.py", f"--network={network}", f"--client={client}", f"--server={server}",
+                              f"--client_front={client_front}", f"--server_front={server_front}"], stdout=subprocess.PIPE, text=True)
+    assert relay.stdout.readline().startswith(f"relay {network}: ")
+    near = socket.create_connection(port(server_front))
+    far, _ = listener.accept()
+
+    def exchange(size):
+        """Seconds from the first byte sent until the answer to all of them."""
+        def answer():
+            left = size
+            while left:
+                left -= len(far.recv(min(left, 1 << 16)))
+            far.sendall(b"!")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        start = time.monotonic()
+        near.sendall(bytes(size))
+        assert near.recv(1) == b"!"
+        thread.join()
+        return time.monotonic() - start
+
+    trips = [exchange(1) for _ in range(5)]
+    assert 2 * delay <= min(trips) < 2 * delay + 0.02, trips
+    size = megabytes * 1_000_000
+    seconds = exchange(size)
+    wanted = 8 * size / bandwidth + 2 * delay
+    assert 0.98 * wanted < seconds < 1.5 * wanted, (seconds, wanted)
+    near.close()
+    relay.terminate()
+    assert json.loads(relay.communicate(timeout=10)[0]) == {"to_client": 6, "to_server": size + 5}
+
+
+def test_one_line_says_what_is_wrong():
+    assert "network must be one of lan, wan" in run("relay.py", "--network=moon", status=2)
+    assert "--client must be HOST:PORT" in run("relay.py", "--client=here", status=2)
