@@ -5,7 +5,7 @@ Self-contained (torch only): copy this file into any project that can show its a
 Hugging Face model called with `output_attentions=True`. All entropies are in nats.
 
 - attention_entropy: eq. 7, from attention weights, finite gradients at A = 0, no extra T x T tensor kept
-- attention_with_entropy: causal attention that returns its output and its entropy in one go
+- attention_with_entropy: causal attention that returns its output and its entropy in one go (eq. 10), hardly dearer than the output alone
 - EntropyRegularizer: Algorithm 1 with its learnable per-head thresholds, in three readings
 - quartile_distribution: which share of the heads is collapsed, well-behaved, overloaded
 """
@@ -48,18 +48,79 @@ def attention_entropy(A, eps=1e-9):
     return _Entropy.apply(A if A.dtype == torch.float64 else A.float(), eps)
 
 
-def attention_with_entropy(q, k, v):
-    """
-    Causal softmax attention and its entropy: y = A v, A = softmax(q k^T / sqrt(d_k)) over j <= i.
-
-    q, k, v: (B, H, T, d_k) -> y (B, H, T, d_k) in v's dtype, entropy (B, H, T) nats in float32.
-    A temperature per query position (eq. 9) is a division of q by it, done by the caller.
-    """
+def explicit_attention_with_entropy(q, k, v):
+    """attention_with_entropy() as the textbook has it: scores, softmax, eq. 7. The reference."""
     T, d_k = q.shape[-2:]
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    s = (q @ k.transpose(-2, -1)) / math.sqrt(d_k)
+    s = (q @ k.mT) / math.sqrt(d_k)
     A = F.softmax(s.masked_fill(future, float("-inf")), dim=-1)
-    return A.to(v.dtype) @ v, attention_entropy(A)
+    return A @ v, attention_entropy(A)
+
+
+class _AttentionWithEntropy(torch.autograd.Function):
+    """
+    y = A v and H = logsumexp_j s_j - q . (A k) (eq. 10), s = q k^T, A = softmax(s), with a backward pass that computes both
+    gradients at once. From dH/ds_j = -A_j (s_j - q . (A k)):
+
+        ds = A o (dy v^T - rowsum(dy o y)  -  dH (s - q . (A k))),   and   dy v^T - dH s = [dy, -dH q] [v, k]^T
+
+    so the entropy widens two products of the attention and touches no T x T tensor again, where eq. 7 reads A four times more.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        T, d_k = q.shape[-2:]
+        s = (q @ k.mT).masked_fill_(torch.ones(T, T, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
+        A = F.softmax(s, -1)
+        largest, m = A.max(-1)  # at least 1/T: its logarithm is safe
+        y, Ak = (A @ torch.cat((v, k), -1)).split((v.shape[-1], d_k), -1)
+        ctx.save_for_backward(q, k, v, A, y, (q * Ak).sum(-1))
+        # logsumexp_j s_j = s_m - log A_m: with s_m inside the product a collapsed row gives 0 whatever the size of its logits
+        k_m = k.gather(-2, m[..., None].expand_as(q))
+        return y, (-largest.log() - (q * (Ak - k_m)).sum(-1)).clamp_(min=0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dH):
+        q, k, v, A, y, qAk = ctx.saved_tensors
+        ds = torch.cat((dy, -dH[..., None] * q), -1) @ torch.cat((v, k), -1).mT
+        ds = ds.sub_(((dy * y).sum(-1) - dH * qAk)[..., None]).mul_(A)
+        return ds @ k, ds.mT @ q, A.mT @ dy
+
+
+def fused_attention_with_entropy(q, k, v, block_mask):
+    """
+    attention_with_entropy() as one call of flex_attention with values [v, k], its logsumexp being differentiable: no T x T tensor
+    is ever stored. For a compiled model on CUDA; block_mask: see causal_block_mask().
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    q = q.to(k.dtype)  # a temperature in float32 has widened it
+    y, aux = flex_attention(q, k, torch.cat((v, k), -1), block_mask=block_mask, return_aux=AuxRequest(lse=True))
+    y, Ak = y.split((v.shape[-1], k.shape[-1]), -1)
+    # the difference cancels where a head collapses: in float32, though Ak comes rounded to the type of the values
+    return y, aux.lse - (q.float() * Ak.float()).sum(-1) / math.sqrt(q.shape[-1])
+
+
+def causal_block_mask(T, device):
+    """flex_attention's mask of j <= i."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
+
+
+def attention_with_entropy(q, k, v, block_mask=None):
+    """
+    Causal softmax attention and its entropy: y = A v, A = softmax(q k^T / sqrt(d_k)) over j <= i, and eq. 10,
+
+        H_i = -sum_j A_ij log A_ij = logsumexp_j s_ij - sum_j A_ij s_ij = logsumexp_j s_ij - q_i . (A k)_i / sqrt(d_k).
+
+    q, k, v: (B, H, T, d_k) -> y (B, H, T, d_k) in v's dtype, entropy (B, H, T) nats in float32 (float64 if q is). A temperature
+    per query position (eq. 9) is a division of q by it, done by the caller. With a block_mask the fused call is taken.
+    """
+    if block_mask is not None:
+        return fused_attention_with_entropy(q, k, v, block_mask)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    y, entropy = _AttentionWithEntropy.apply(q.to(dtype) / math.sqrt(q.shape[-1]), k.to(dtype), v.to(dtype))
+    return y.to(v.dtype), entropy
 
 
 def max_entropy(T):

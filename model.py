@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations
 
-from entropy import attention_with_entropy
+from entropy import attention_with_entropy, causal_block_mask
 
 NORM_PLACES = ("none", "qk", "ffn", "qk+ffn", "qkv+ffn", "qkvo+ffn")  # the columns of the paper's Table 4
 
@@ -107,8 +107,8 @@ class Attention(nn.Module):
         """t, (H, block_size), always positive."""
         return self.log_temperature.exp()
 
-    def forward(self, x, return_entropy=False):
-        """x (B, T, d) -> y (B, T, d), and the entropy (B, H, T) in nats if asked for, else None."""
+    def forward(self, x, return_entropy=False, block_mask=None):
+        """x (B, T, d) -> y (B, T, d), and the entropy (B, H, T) in nats if asked for, else None. block_mask: see GPT.forward."""
         B, T, d = x.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (*self.qk(x).split(d, dim=-1), self.v(x)))
         if hasattr(self, "log_temperature"):
@@ -117,7 +117,7 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()  # bf16 attention is several times slower than fp32 there
         with torch.autocast("cpu", enabled=False):
             if return_entropy:
-                y, entropy = attention_with_entropy(q, k, v)
+                y, entropy = attention_with_entropy(q, k, v, block_mask)
             else:
                 y, entropy = F.scaled_dot_product_attention(q, k, v, is_causal=True), None
         return self.o(y.transpose(1, 2).reshape(B, T, d)), entropy
@@ -150,8 +150,8 @@ class Block(nn.Module):
         if c.learnable_ffn_scale:
             self.alpha, self.beta = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
 
-    def forward(self, x, return_entropy=False):
-        y, entropy = self.attn(self.ln_1(x), return_entropy)
+    def forward(self, x, return_entropy=False, block_mask=None):
+        y, entropy = self.attn(self.ln_1(x), return_entropy, block_mask)
         x = x + y
         y = self.ffn(self.ln_2(x))
         return (self.beta * x + y / self.alpha if hasattr(self, "alpha") else x + y), entropy
@@ -183,9 +183,11 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
         x = self.wte(idx) + self.wpe.weight[:T]
-        entropies = []
+        entropies, block_mask = [], None
+        if return_entropy and idx.is_cuda and torch.compiler.is_compiling():  # the fused call pays where it is compiled
+            block_mask = causal_block_mask(T, idx.device)
         for block in self.blocks:
-            x, entropy = block(x, return_entropy)
+            x, entropy = block(x, return_entropy, block_mask)
             entropies.append(entropy)
         logits = F.linear(self.ln_f(x), self.wte.weight)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from entropy import (EntropyRegularizer, attention_entropy, attention_with_entropy, max_causal_entropy, max_entropy,
-                     quartile_distribution)
+from entropy import (EntropyRegularizer, attention_entropy, attention_with_entropy, causal_block_mask, explicit_attention_with_entropy,
+                     max_causal_entropy, max_entropy, quartile_distribution)
 
 L, B, H, T, D = 3, 2, 4, 16, 8
 
@@ -63,13 +63,93 @@ def test_bfloat16_weights_are_summed_in_float32():
     assert torch.allclose(attention_entropy(A.bfloat16()), attention_entropy(A), atol=0.02)
 
 
-def test_attention_with_entropy_is_attention():
+def values_and_gradients(form, q, k, v, dy, dH):
+    q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+    y, entropy = form(q, k, v)
+    ((y * dy).sum() + (entropy * dH).sum()).backward()
+    return y.detach(), entropy.detach(), q.grad, k.grad, v.grad
+
+
+def forms(T, monkeypatch):
+    """attention_with_entropy as it runs by itself, and as the fused call of flex_attention, which refuses a CPU only by a device check."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    mask = causal_block_mask(T, "cpu")
+    return {"by hand": attention_with_entropy, "fused": lambda q, k, v: attention_with_entropy(q, k, v, mask)}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("T", [16, 200])  # 200: no multiple of flex_attention's block of 128
+@pytest.mark.parametrize("scale, most", [(1.0, 4.0), (10.0, 0.8), (100.0, 0.1)])  # heads from uniform to collapsed
+def test_attention_with_entropy_is_the_textbooks(T, scale, most, monkeypatch):
+    """
+    Output, entropy and all gradients in float32, per-position temperatures in q, against the explicit form in float64: the
+    difference that eq. 10 takes is rounded by the size of the logits.
+    """
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, B, H, T, D).unbind()
-    y, entropy = attention_with_entropy(q, k, v)
-    assert torch.allclose(y, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
-    A = F.softmax(causal(q @ k.mT / math.sqrt(D)), -1)
-    assert torch.allclose(entropy, attention_entropy(A), atol=1e-6)
+    q, k, v, dy = torch.randn(4, B, H, T, D).unbind()
+    q, dH = scale * q / torch.linspace(0.5, 2, T)[:, None], torch.randn(B, H, T)
+    wanted = values_and_gradients(explicit_attention_with_entropy, *(t.double() for t in (q, k, v, dy, dH)))
+    assert wanted[1].mean() < most
+    assert torch.allclose(wanted[0], F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True))
+    rounding = 2e-6 * (1 + (q @ k.mT).abs().max() / math.sqrt(D))
+    sizes = 1, 1, k.abs().max(), q.abs().max(), 1  # of what ds is multiplied with
+    for name, form in forms(T, monkeypatch).items():
+        for got, want, size in zip(values_and_gradients(form, q, k, v, dy, dH), wanted, sizes):
+            assert (got - want).abs().max() < rounding * size, name
+
+
+def test_a_diverging_models_entropy_is_still_a_number_of_nats():
+    """Logits of 1e9, as SM shows before it breaks: eq. 10's difference would be off by hundreds of nats."""
+    torch.manual_seed(0)
+    q, k, v = 3e4 * torch.randn(3, B, H, 200, D)
+    entropy = attention_with_entropy(q, k, v)[1]
+    assert torch.allclose(entropy, explicit_attention_with_entropy(q, k, v)[1], atol=1e-3) and entropy.max() < max_entropy(T)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("scale, by_hand, fused", [(1.0, 1e-4, 0.02), (10.0, 1e-4, 0.2)])
+def test_bfloat16_attention_with_entropy(scale, by_hand, fused, monkeypatch):
+    """
+    By hand bfloat16 inputs are computed in float32. The fused call rounds A k to 8 bits: within 0.02 nats where entropies are
+    ordinary, 0.2 where they are 0.5 in the mean.
+    """
+    torch.manual_seed(0)
+    q, k, v = (t.bfloat16() for t in torch.randn(3, B, H, 200, D).unbind())
+    wanted = explicit_attention_with_entropy((scale * q).float(), k.float(), v.float())[1]
+    for name, form in forms(200, monkeypatch).items():
+        y, entropy = form(scale * q, k, v)
+        assert y.dtype == torch.bfloat16 and entropy.dtype == torch.float32
+        assert (entropy - wanted).abs().max() < {"by hand": by_hand, "fused": fused}[name]
+
+
+def test_attention_with_entropy_keeps_one_T_by_T_tensor():
+    q, k, v = (torch.randn(B, H, 64, D, requires_grad=True) for _ in range(3))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attention_with_entropy(q, k, v)
+    assert sum(t.shape[-2:] == (64, 64) for t in kept) == 1
+
+
+def test_the_fused_call_compiles_with_its_mask(monkeypatch):
+    """As GPT.forward makes it: mask and calls in one graph, forward and backward (traced; CUDA alone has the kernels)."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def two_layers(q, k, v):
+        mask = causal_block_mask(q.shape[-2], q.device)
+        y, first = attention_with_entropy(q, k, v, mask)
+        y, second = attention_with_entropy(y, k, v, mask)
+        return first + second
+
+    q, k, v = (torch.randn(B, H, T, D, requires_grad=True) for _ in range(3))
+    y, first = explicit_attention_with_entropy(q, k, v)
+    wanted = first + explicit_attention_with_entropy(y, k, v)[1]
+    entropy = two_layers(q, k, v)
+    assert torch.allclose(entropy, wanted, atol=1e-4)
+    (got,), (want,) = torch.autograd.grad(entropy.sum(), q, retain_graph=True), torch.autograd.grad(wanted.sum(), q)
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 def by_loops(A, threshold, gamma, reading):
