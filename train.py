@@ -264,13 +264,14 @@ groups = model.param_groups(weight_decay)
 if regularizer:
     groups.append({"params": list(regularizer.parameters()), "weight_decay": 0.0})
 parameters = [p for group in groups for p in group["params"]]
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device_type != "mps")
+fused = device_type != "mps"
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
 step = 0  # steps done
 if checkpoint:
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     for group, fresh in zip(optimizer.param_groups, groups):  # settings may have been changed on the command line
-        group |= {"betas": (beta1, beta2), "weight_decay": fresh["weight_decay"], "fused": device_type != "mps"}
+        group |= {"betas": (beta1, beta2), "weight_decay": fresh["weight_decay"], "fused": fused}
     if regularizer:
         regularizer.load_state_dict(checkpoint["regularizer"])
     torch.set_rng_state(checkpoint["rng"])
@@ -409,6 +410,7 @@ print(f"{f'resuming at step {step} of' if resumed else 'training'} {max_iters} s
 tokens_per_step = grad_accum * batch_size * block_size
 started, first_step, train_seconds = time.time(), step, 0.0
 seconds, since = 0.0, 0  # of training alone, since the last log line
+broken = torch.full((), -1, device=device)  # the first step with a gradient that isn't finite
 while True:
     if step % eval_interval == 0 or step >= max_iters or step == first_step:
         ce, head_entropy = evaluate()
@@ -432,13 +434,21 @@ while True:
         (micro_loss / grad_accum).backward()
         ce, term = ce + micro_ce / grad_accum, term + micro_term / grad_accum
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    if not math.isfinite(norm.item()):  # looked at before the update: weights and checkpoint stay good
-        diverged("the loss is not finite" if not math.isfinite(ce.item()) else "the gradient is not finite", x, y)
+    finite = norm.isfinite()
+    broken = torch.where(finite | (broken >= 0), broken, step)
+    if fused:  # it then skips such an update by itself: weights and checkpoint stay good, whenever we look
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+    step += 1
+    logged = step % log_interval == 0 or step == max_iters
+    if device_type != "cuda" or logged or step % eval_interval == 0 or signals:  # a look makes the host wait for the GPU
+        if broken >= 0:
+            step = broken.item()
+            batch = training_batch((step + 1) * grad_accum - 1)
+            diverged("the gradient is not finite" if training_loss(*batch)[0].isfinite() else "the loss is not finite", *batch)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    step += 1
     seconds, since = seconds + time.time() - t0, since + 1
-    if step % log_interval == 0 or step == max_iters:
+    if logged:
         rate = since * tokens_per_step / seconds
         left = (max_iters - step) * tokens_per_step / rate
         print(f"step {step:>6}/{max_iters}  loss {ce + term:.4f} (ce {ce:.4f}, entropy term {term:.4f})  lr {lr_at(step - 1):.2e}  "
