@@ -1,0 +1,22 @@
+"""bench.py: every case is timed and told; what the numbers are is the machine's affair."""
+import json
+
+from conftest import run
+
+CASES = ["SM+LN+G", "SM+ScFuFFN", "SM(t)+ScFuFFN", "EReg, explicit", "EReg, fused"]
+
+
+def test_every_case_is_timed(tmp_path):
+    out = run("bench.py", "--block_sizes=16,24", "--tokens=48", "--rounds=2", "--steps=1", "--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=64",
+              "--device=cpu", f"--json={tmp_path / 'r.json'}")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(r["case"], r["T"]) for r in rows] == [(case, T) for T in (16, 24) for case in CASES]
+    for r in rows:
+        assert r["tokens_per_s"] > 0 and 0 < r["share_of_peak"] < 1 and r["peak_memory_bytes"] > 1e8 and len(r["seconds"]) == 2
+        assert abs(r["tokens_per_s"] * r["ms_per_step"] / 1e3 - 48) < 1e-6  # a step of 3 x 16 or 2 x 24 tokens
+        assert (r["step_against_no_entropy"] is None) == ("EReg" not in r["case"])
+        assert f"{r['case']:<16}{r['T']:>6}" in out
+
+
+def test_a_device_that_is_not_there():
+    assert "error: device 'tpu' can't be used here" in run("bench.py", "--device=tpu", status=2)
