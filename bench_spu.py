@@ -75,6 +75,7 @@ PUBLISHED = {  # (n_layer, block_size): {arch: (GB, minutes)} of the paper's Tab
     (18, 128): {"SM+LN+G": (37.17, 10.77), "SM+LN+R": (13.34, 8.04), "SM+ScFuFFN": (8.83, 6.07)},
     (12, 512): {"SM+LN+G": (145.24, 30.74), "SM+LN+R": (81.71, 23.54), "SM+ScFuFFN": (69.68, 19.44)},
 }
+HERE = os.path.dirname(os.path.abspath(__file__))
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model and SPU's version
 
 
@@ -232,7 +233,7 @@ def both(model, tokenizer, val, plain=False):
     import torch
     from pi_export import export, plain_export, write
     from party import ROLES
-    me, parties, c = [sys.executable, os.path.abspath(__file__)], [], model.config
+    me, parties, c = [sys.executable, os.path.join(HERE, "bench_spu.py")], [], model.config
     roles = ROLES[:3 if protocol == "aby3" else 2]
     with tempfile.TemporaryDirectory() as folder:
         secret, result, logits = (os.path.join(folder, name) for name in ("server", "result.json", "logits.npz"))
@@ -244,10 +245,10 @@ def both(model, tokenizer, val, plain=False):
         relay = None
         if network != "none":
             seen = addresses[len(roles):]
-            relay = subprocess.Popen([sys.executable, os.path.join(os.path.dirname(me[1]), "relay.py"), f"--network={network}", f"--client={own[0]}", f"--server={own[1]}",
-                                      f"--client_front={seen[0]}", f"--server_front={seen[1]}"], stdout=subprocess.PIPE, text=True)
+            relay = subprocess.Popen([sys.executable, os.path.join(HERE, "relay.py"), f"--network={network}", f"--client={own[0]}",
+                                      f"--server={own[1]}", f"--client_front={seen[0]}", f"--server_front={seen[1]}"], stdout=subprocess.PIPE, text=True)
             print(relay.stdout.readline(), end="", flush=True)
-        common = [f"--{k}={globals()[k]}" for k in ("protocol", "measure_layers", "reveal", "windows", "timeout", "connect_timeout", "seed", "tls")] + [f"--plain={plain}"]
+        common = [f"--{k}={globals()[k]}" for k in (*AGREED, "timeout", "connect_timeout", "seed", "tls") if k != "plain"] + [f"--plain={plain}"]
         extra = {"client": [f"--public={shared}", f"--prompt={prompt}", f"--windows_file={val}", f"--json={result}", f"--logits_file={logits}"],
                  "server": [f"--private={secret}"], "helper": [f"--public={shared}"]}
         try:
@@ -283,7 +284,8 @@ def both(model, tokenizer, val, plain=False):
                     if windows:
                         clear = model(torch.from_numpy(texts[:, :-1]))[0].numpy()
                         errors.append(np.abs(secure["windows"] - clear).max())
-                        r |= {"plain_perplexity": perplexity(clear, texts[:, 1:]), "top1_agreement": float((clear.argmax(-1) == secure["windows"].argmax(-1)).mean())}
+                        r["plain_perplexity"] = perplexity(clear, texts[:, 1:])
+                        r["top1_agreement"] = float((clear.argmax(-1) == secure["windows"].argmax(-1)).mean())
                     r["max_abs_err"] = float(max(errors))
     import spu
     sizes = {k: getattr(c, k) for k in ("n_layer", "block_size", "n_embd", "n_head", "vocab_size")}
@@ -308,16 +310,16 @@ def models():
         except (OSError, ValueError) as e:
             die(e)
         s = checkpoint.get("settings", {})
-        yield GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer"), windows_file or os.path.join(s.get("data_dir", "data"), s.get("dataset", "pycode"), "val.bin")
+        val = os.path.join(s.get("data_dir", "data"), s.get("dataset", "pycode"), "val.bin")
+        yield GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer"), windows_file or val
         return
-    here = os.path.dirname(os.path.abspath(__file__))
     for name in archs.split(","):  # all of them are read before the first is run
-        if not os.path.isfile(os.path.join(here, "config", name + ".py")):
+        if not os.path.isfile(os.path.join(HERE, "config", name + ".py")):
             die(f"no architecture {name!r}: --archs takes names of config/, such as sm_ln_g,sm_scfuffn", 2)
     keys = [k for k in GPTConfig.__dataclass_fields__ if k in globals()]
     for name in archs.split(","):
         flags = {}
-        with open(os.path.join(here, "config", name + ".py")) as f:
+        with open(os.path.join(HERE, "config", name + ".py")) as f:
             exec(f.read(), {}, flags)
         flags = {k: v for k, v in flags.items() if k in GPTConfig.__dataclass_fields__}
         torch.manual_seed(seed)
@@ -353,7 +355,7 @@ def table(results):
     row("  (truncations, of all)", lambda r: f"{r['bytes_of_truncations'] / 1e6:,.1f}")
     row("exchanges (rounds at most)", lambda r: f"{r['rounds']:,}")
     row(f"seconds, link {first['network']}", lambda r: f"{r['seconds']:.1f}")
-    row("layers run, of", lambda r: f"{r['measured_layers']}, {r['n_layer']}" + " (layers and embedding multiplied)" * (r["measured_layers"] < r["n_layer"]))
+    row("layers run, of", lambda r: f"{r['measured_layers']}, {r['n_layer']}" + " (multiplied)" * (r["measured_layers"] < r["n_layer"]))
     if len(results) > 1:
         row(f"fewer bytes than {first['arch']}", lambda r: f"{first['bytes_total'] / r['bytes_total']:.2f}x")
         row(f"faster than {first['arch']}", lambda r: f"{first['seconds'] / r['seconds']:.2f}x")
@@ -382,13 +384,15 @@ def draw(results, path):
     y, left = np.arange(len(results))[::-1], np.zeros(len(results))
     for i, kind in enumerate(kinds):
         width = np.array([r["bytes_by_kind"].get(kind, 0) / unit for r in results])
-        ax.barh(y, width, left=left, label=kind, color=plt.cm.viridis(0.05 + 0.9 * i / max(1, len(kinds) - 1)), edgecolor="white", linewidth=0.8)
+        color = plt.cm.viridis(0.05 + 0.9 * i / max(1, len(kinds) - 1))
+        ax.barh(y, width, left=left, label=kind, color=color, edgecolor="white", linewidth=0.8)
         left += width
     for at, total in zip(y, left):
         ax.text(total, at, f" {total:.2f} {name}", va="center")
     r = results[0]
     ax.set(yticks=y, yticklabels=[r["arch"] for r in results], xlim=(0, 1.15 * left.max()), xlabel=f"{name} of one private next token, both directions",
-           title=f"{r['n_layer']} layers, width {r['n_embd']}, T = {r['block_size']}, vocabulary {r['vocab_size']:,}, {r['protocol']}")
+           title=f"{r['n_layer']} layers{', from ' + str(r['measured_layers']) if r['measured_layers'] < r['n_layer'] else ''}, width {r['n_embd']}, "
+                 f"T = {r['block_size']}, vocabulary {r['vocab_size']:,}, {r['protocol']}")
     ax.legend(ncols=1, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)
@@ -396,7 +400,8 @@ def draw(results, path):
 
 def main():
     configure(globals())
-    for key, allowed in dict(role=("both", "client", "server", "helper"), protocol=("cheetah", "semi2k", "aby3"), network=("none", *NETWORKS), reveal=("logits", "token")).items():
+    for key, allowed in dict(role=("both", "client", "server", "helper"), protocol=("cheetah", "semi2k", "aby3"), network=("none", *NETWORKS),
+                             reveal=("logits", "token")).items():
         if globals()[key] not in allowed:
             die(f"{key} must be one of {', '.join(allowed)}, and is {globals()[key]!r}", 2)
     if windows and (reveal == "token" or measure_layers or archs):
@@ -416,6 +421,8 @@ def main():
             if json:  # after each, so that an interrupted comparison keeps what it has
                 write_json(json, results)
     print(table(results))
+    if measure_layers:
+        print("multiplied: the layers not run, and the embedding beyond its first two chunks, count as the last that was")
     if chart:
         draw(results, chart)
 

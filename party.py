@@ -112,7 +112,8 @@ class Party:
         seconds = time.time() - start
         self.profile.seek(at)
         log = self.profile.read()
-        sent, received, sends, receives = map(int, re.findall(r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)", log)[-1])
+        link = r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"
+        sent, received, sends, receives = map(int, re.findall(link, log)[-1])
         truncation = sum(int(a) + int(b) for a, b in re.findall(r"- trunc\w*, executed .*?send bytes (\d+) recv bytes (\d+)", log))
         out = self.compiled[key][1]
         return (out.shape, out.dtype), np.array([sent + received, max(sends, receives), seconds, truncation])

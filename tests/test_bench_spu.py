@@ -109,8 +109,8 @@ def test_a_stranger_is_refused(exported, certificates):
                                              ("aby3", "sm_snorm_ffn,ereg_sm_t_scfuffn")])
 def test_architectures(protocol, archs, tmp_path):
     network = "lan" if protocol == "cheetah" else "none"
-    out = run("bench_spu.py", f"--archs={archs}", f"--protocol={protocol}", f"--network={network}", f"--json={tmp_path / 'r.json'}", f"--chart={tmp_path / 'r.png'}", *TINY,
-              f"--n_layer={2 if protocol == 'cheetah' else 1}", timeout=400)
+    out = run("bench_spu.py", f"--archs={archs}", f"--protocol={protocol}", f"--network={network}", f"--json={tmp_path / 'r.json'}",
+              f"--chart={tmp_path / 'r.png'}", *TINY, f"--n_layer={2 if protocol == 'cheetah' else 1}", timeout=400)
     results = json.loads((tmp_path / "r.json").read_text())
     assert len(results) == len(archs.split(",")) and all(r["arch"] in out for r in results) and f"seconds, link {network}" in out
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
@@ -150,7 +150,8 @@ def test_accuracy_over_windows_of_a_checkpoint(exported, tmp_path):
     folder, model = exported
     text = np.frombuffer((ROOT / "model.py").read_bytes(), np.uint8).astype(np.uint16)
     text.tofile(tmp_path / "val.bin")
-    out = run("bench_spu.py", f"--ckpt={folder / 'ckpt.pt'}", "--windows=2", f"--windows_file={tmp_path / 'val.bin'}", "--protocol=semi2k", f"--json={tmp_path / 'r.json'}")
+    out = run("bench_spu.py", f"--ckpt={folder / 'ckpt.pt'}", "--windows=2", f"--windows_file={tmp_path / 'val.bin'}", "--protocol=semi2k",
+              f"--json={tmp_path / 'r.json'}")
     r = json.loads((tmp_path / "r.json").read_text())[0]
     starts = (0, len(text) - 17)
     windows = torch.from_numpy(np.stack([text[s:s + 17] for s in starts]).astype(np.int64))
