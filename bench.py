@@ -5,7 +5,7 @@ How fast this machine trains: tokens/s, milliseconds a step, model FLOPs against
     python bench.py --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50304 --tokens=32768 --json=results/speed_gpu.json   # GPT-2 small
 
 A step is train.py's: forward, backward, clipping, fused AdamW; on random tokens. The cases of one T run in turn, so that a ratio
-between them is of one run. "explicit" is attention and its entropy by the textbook, "fused" what model.py does.
+between them is of one run. "explicit" is attention and then its entropy, by the textbook; without it, what model.py does.
 """
 import platform
 import statistics
@@ -21,8 +21,7 @@ from configurator import configure, die
 
 block_sizes = "128,512,2048"  # context lengths
 tokens = 2048        # a step; at least one sequence
-rounds = 5           # turns of every case
-steps = 4            # timed steps in a turn
+rounds = 30          # timed steps of every case, in turn
 n_layer = 6
 n_head = 6
 n_embd = 192
@@ -34,11 +33,7 @@ json = ""            # write the rows here as well
 
 SCALED = dict(use_layernorm=False, use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True)
 WARM = dict(SCALED, learnable_temperature=True)
-CASES = {"SM+LN+G": {}, "SM+ScFuFFN": SCALED, "SM(t)+ScFuFFN": WARM, "EReg, explicit": WARM, "EReg, fused": WARM}
-
-
-def explicit(q, k, v, block_mask):
-    return entropy.explicit_attention_with_entropy(q, k, v)
+CASES = {"SM+LN+G": {}, "SM+ScFuFFN": SCALED, "SM(t)+ScFuFFN": WARM, "EReg, explicit": WARM, "EReg": WARM}
 
 
 def timed(function):
@@ -66,10 +61,11 @@ def make_step(case, T):
     parameters = [*model.parameters(), *(regularizer.parameters() if regularizer else ())]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     forward = torch.compile(model) if compile == "yes" else model
+    attention = (lambda q, k, v, _: entropy.explicit_attention_with_entropy(q, k, v)) if "explicit" in case else entropy.attention_with_entropy
     x = torch.randint(vocab_size, (max(1, tokens // T), T), device=device)
 
     def step():
-        gpt.attention_with_entropy = explicit if "explicit" in case else entropy.attention_with_entropy
+        gpt.attention_with_entropy = attention
         with torch.autocast(device, torch.bfloat16) if matmul_dtype == torch.bfloat16 else nullcontext():
             _, loss, e = forward(x, x, return_entropy=bool(regularizer))
             loss = loss + 0.164 * regularizer(e) if regularizer else loss
@@ -99,16 +95,16 @@ print(f"{machine}; {n_layer} layers, {n_head} heads, width {n_embd}, vocabulary 
 rows = []
 for T in map(int, block_sizes.split(",")):
     cases, memory, seconds = {case: make_step(case, T) for case in CASES}, {}, {case: [] for case in CASES}
-    for turn in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 3):  # the first three warm up
         for case, (step, *_) in cases.items():
             peak_memory(reset=True)
-            seconds[case].append(timed(lambda: [step() for _ in range(steps)]) / steps)
+            seconds[case].append(timed(step))
             memory[case] = peak_memory()
     for case, (_, n, flops) in cases.items():
-        s = statistics.median(seconds[case][1:])
-        ratio = statistics.median(a / b for a, b in zip(seconds[case][1:], seconds["SM(t)+ScFuFFN"][1:])) if case.startswith("EReg") else None
+        s = statistics.median(seconds[case][3:])
+        ratio = statistics.median(a / b for a, b in zip(seconds[case][3:], seconds["SM(t)+ScFuFFN"][3:])) if case.startswith("EReg") else None
         rows.append({"case": case, "T": T, "tokens_per_s": n / s, "ms_per_step": 1e3 * s, "share_of_peak": flops / s / peak,
-                     "peak_memory_bytes": memory[case], "step_against_no_entropy": ratio, "seconds": seconds[case][1:]})
+                     "peak_memory_bytes": memory[case], "step_against_no_entropy": ratio, "seconds": seconds[case][3:]})
         print(f"{case:<16}{T:>6}{n / s:>12,.0f}{1e3 * s:>12.1f}{flops / s / peak:>10.1%}{memory[case] / 1e9:>11.2f}"
               f"{f'{ratio:.2f}x' if ratio else '':>20}", flush=True)
 if json:

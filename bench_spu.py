@@ -57,7 +57,7 @@ json = ""                # write the results: a JSON list of an object per archi
 logits_file = ""         # client: write all revealed logits as .npz
 chart = ""               # role both: draw the bytes by kind of operation as a PNG
 timeout = 600            # seconds without a word in the middle of a step before giving up
-connect_timeout = 25     # seconds to wait for the other party at the start
+connect_timeout = 20     # seconds to wait for the other party at the start; half of it for the link once they have met
 # with --archs, the model: any key of GPTConfig; the paper's GPT-2 small
 block_size = 128
 vocab_size = 50257
@@ -168,7 +168,7 @@ def one_party():
     farewell = greet(rank, addresses, {"model": model, "SPU version": spu.__version__, **{k: globals()[k] for k in AGREED}}, connect_timeout, tls)
     started = time.time()
     try:
-        party = Party(rank, addresses, protocol, timeout, tls, plain)
+        party = Party(rank, addresses, protocol, timeout, connect_timeout / 2, tls, plain)
 
         def told(stage, costs, what=""):
             print(f"{what}{stage:<24} {sum(cost[0] for _, _, cost in costs) / 1e6:10.1f} MB {time.time() - started:8.1f} s", file=party.terminal, flush=True)

@@ -28,14 +28,14 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx, A, eps):
         ctx.save_for_backward(A)
         ctx.eps = eps
-        return -(A * (A + eps).log()).sum(-1)
+        return -(A + eps).log_().mul_(A).sum(-1)
 
     @staticmethod
     def backward(ctx, grad):
         (A,) = ctx.saved_tensors
         # d/dA = -log(A + eps) - A / (A + eps). The second term is 1 wherever A matters, and where A is not
         # large against eps softmax's backward multiplies it by A: leaving the 1 saves a division per entry.
-        return ((A + ctx.eps).log() + 1) * -grad.unsqueeze(-1), None
+        return (A + ctx.eps).log_().add_(1).mul_(-grad.unsqueeze(-1)), None
 
 
 def attention_entropy(A, eps=1e-9):
@@ -57,70 +57,51 @@ def explicit_attention_with_entropy(q, k, v):
     return A @ v, attention_entropy(A)
 
 
-class _AttentionWithEntropy(torch.autograd.Function):
+def attention_with_entropy(q, k, v, block_mask=None):
     """
-    y = A v and H = logsumexp_j s_j - q . (A k) (eq. 10), s = q k^T, A = softmax(s), with a backward pass that computes both
-    gradients at once. From dH/ds_j = -A_j (s_j - q . (A k)):
+    Causal softmax attention and its entropy: y = A v, A = softmax(s), s = q k^T / sqrt(d_k) over j <= i, and eq. 10,
 
-        ds = A o (dy v^T - rowsum(dy o y)  -  dH (s - q . (A k))),   and   dy v^T - dH s = [dy, -dH q] [v, k]^T
+        H_i = -sum_j A_ij log A_ij = logsumexp_j s_ij - sum_j A_ij s_ij = logsumexp_j s_ij - q_i . (A k)_i / sqrt(d_k),
 
-    so the entropy widens two products of the attention and touches no T x T tensor again, where eq. 7 reads A four times more.
+    which widens the product A v by k instead of reading A again. Its gradient is that of the last term through A alone: the
+    logsumexp's, sum_j A_ij ds_ij, cancels against that of s where it stands beside A. Hence the detach() of q, k and logsumexp.
+
+    q, k, v: (B, H, T, d_k) -> y (B, H, T, d_k) in v's dtype, entropy (B, H, T) nats in float32 (float64 if q is). A temperature
+    per query position (eq. 9) is a division of q by it, done by the caller. With a block_mask, causal_block_mask()'s, one call of
+    flex_attention stores no T x T tensor: for compiled models on CUDA.
     """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        T, d_k = q.shape[-2:]
-        s = (q @ k.mT).masked_fill_(torch.ones(T, T, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
-        A = F.softmax(s, -1)
-        largest, m = A.max(-1)  # at least 1/T: its logarithm is safe
-        y, Ak = (A @ torch.cat((v, k), -1)).split((v.shape[-1], d_k), -1)
-        ctx.save_for_backward(q, k, v, A, y, (q * Ak).sum(-1))
-        # logsumexp_j s_j = s_m - log A_m: with s_m inside the product a collapsed row gives 0 whatever the size of its logits
-        k_m = k.gather(-2, m[..., None].expand_as(q))
-        return y, (-largest.log() - (q * (Ak - k_m)).sum(-1)).clamp_(min=0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dH):
-        q, k, v, A, y, qAk = ctx.saved_tensors
-        ds = torch.cat((dy, -dH[..., None] * q), -1) @ torch.cat((v, k), -1).mT
-        ds = ds.sub_(((dy * y).sum(-1) - dH * qAk)[..., None]).mul_(A)
-        return ds @ k, ds.mT @ q, A.mT @ dy
+    if block_mask is not None:
+        return fused_attention_with_entropy(q, k, v, block_mask)
+    T, d_k = q.shape[-2:]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, values = q.to(dtype) / math.sqrt(d_k), k.to(dtype), v.to(dtype)
+    s = (q @ k.mT).add_(torch.full((T, T), float("-inf"), dtype=dtype, device=q.device).triu_(1))
+    A = F.softmax(s, dim=-1)
+    y, Ak = (A @ torch.cat((values, k.detach()), -1)).split((v.shape[-1], d_k), -1)
+    with torch.no_grad():
+        p = A.amax(-1)  # at least 1/T: its logarithm is safe
+        logsumexp = s.amax(-1) - p.log()
+        # Rounding grows with the logits, and those of a diverging model reach 1e9: keep to what p alone says of an entropy,
+        # at least -log p, at most the rest 1 - p spread evenly. A one-hot row gives 0.
+        most = -torch.xlogy(p, p) - torch.xlogy(1 - p, (1 - p) / max(1, T - 1))
+    entropy = logsumexp - (q.detach() * Ak).sum(-1)
+    return y.to(v.dtype), entropy + (entropy.clamp(-p.log(), most) - entropy).detach()
 
 
 def fused_attention_with_entropy(q, k, v, block_mask):
-    """
-    attention_with_entropy() as one call of flex_attention with values [v, k], its logsumexp being differentiable: no T x T tensor
-    is ever stored. For a compiled model on CUDA; block_mask: see causal_block_mask().
-    """
+    """attention_with_entropy() as one call of flex_attention with values [v, k]."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
     q = q.to(k.dtype)  # a temperature in float32 has widened it
-    y, aux = flex_attention(q, k, torch.cat((v, k), -1), block_mask=block_mask, return_aux=AuxRequest(lse=True))
+    y, aux = flex_attention(q, k, torch.cat((v, k.detach()), -1), block_mask=block_mask, return_aux=AuxRequest(lse=True))
     y, Ak = y.split((v.shape[-1], k.shape[-1]), -1)
     # the difference cancels where a head collapses: in float32, though Ak comes rounded to the type of the values
-    return y, aux.lse - (q.float() * Ak.float()).sum(-1) / math.sqrt(q.shape[-1])
+    return y, aux.lse.detach() - (q.detach().float() * Ak.float()).sum(-1) / math.sqrt(q.shape[-1])
 
 
 def causal_block_mask(T, device):
     """flex_attention's mask of j <= i."""
     from torch.nn.attention.flex_attention import create_block_mask
     return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
-
-
-def attention_with_entropy(q, k, v, block_mask=None):
-    """
-    Causal softmax attention and its entropy: y = A v, A = softmax(q k^T / sqrt(d_k)) over j <= i, and eq. 10,
-
-        H_i = -sum_j A_ij log A_ij = logsumexp_j s_ij - sum_j A_ij s_ij = logsumexp_j s_ij - q_i . (A k)_i / sqrt(d_k).
-
-    q, k, v: (B, H, T, d_k) -> y (B, H, T, d_k) in v's dtype, entropy (B, H, T) nats in float32 (float64 if q is). A temperature
-    per query position (eq. 9) is a division of q by it, done by the caller. With a block_mask the fused call is taken.
-    """
-    if block_mask is not None:
-        return fused_attention_with_entropy(q, k, v, block_mask)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    y, entropy = _AttentionWithEntropy.apply(q.to(dtype) / math.sqrt(q.shape[-1]), k.to(dtype), v.to(dtype))
-    return y.to(v.dtype), entropy
 
 
 def max_entropy(T):

@@ -26,14 +26,21 @@ CHUNK = 2048     # rows of the embedding a matrix product takes: one for all wou
 SCALE = 2.0**16  # the embedding is looked up as integers, exact to 1 / SCALE
 
 
+def quit_now(message):
+    """End the process from a thread, whatever C++ is waiting for in the main one."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 class Party:
     """
     SPU's runtime of one rank. addresses: HOST:PORT by rank, this rank's own being where it listens. protocol: cheetah,
-    semi2k or aby3. timeout: seconds without a word in the middle of a step. tls: a folder, see tls_files(), or "".
+    semi2k or aby3. timeout: seconds without a word in the middle of a step, connect_timeout: until the link stands, or the
+    process ends with a line. tls: a folder, see tls_files(), or "".
     plain: SPU's default settings and secret-shared weights, what pi_export.plain_steps() is measured under.
     """
 
-    def __init__(self, rank, addresses, protocol, timeout, tls="", plain=False):
+    def __init__(self, rank, addresses, protocol, timeout, connect_timeout, tls="", plain=False):
         import spu
         from spu import libspu
         self.spu, self.rank, self.size, self.plain = spu, rank, len(addresses), plain
@@ -51,7 +58,12 @@ class Party:
             for options in (desc.client_ssl_opts, desc.server_ssl_opts):
                 options.cert.certificate_path, options.cert.private_key_path = cert, key
                 options.verify.ca_file_path, options.verify.verify_depth = ca, 1
+        others = " and ".join(a for i, a in enumerate(addresses) if i != rank)
+        late = threading.Timer(connect_timeout, lambda: quit_now(f"no link with {others} within {connect_timeout:g} seconds: can each side reach the other's "
+                                                                 "--listen, and is that what its --peer names?"))
+        late.start()  # SPU itself would wait as long as for a step
         self.link = libspu.link.create_brpc(desc, rank)
+        late.cancel()
         config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol.upper()), field=libspu.FieldType.FM64, fxp_fraction_bits=18)
         config.enable_pphlo_profile = config.enable_hal_profile = True
         if not plain:
@@ -266,8 +278,7 @@ def greet(rank, addresses, mine, timeout, tls=""):
         except OSError:
             word = ""
         if not word:
-            print("error: the other party is gone (its process ended or the connection broke)", file=sys.stderr, flush=True)
-            os._exit(1)
+            quit_now("the other party is gone (its process ended or the connection broke)")
         words.put(json.loads(word))
 
     for sock, lines, _ in met:

@@ -181,6 +181,17 @@ def test_a_dead_party_is_noticed(exported):
     server.communicate()
 
 
+def test_a_link_that_cannot_stand_is_given_up(exported):
+    """They greet, but the server's --peer isn't where the client listens: SPU would wait for it as long as for a step."""
+    folder, _ = exported
+    c, s = ports(5)
+    parties = [popen("--role=server", f"--private={folder / 'server'}", f"--listen={s}", "--peer=127.0.0.1:9", "--connect_timeout=5"),
+               popen("--role=client", f"--public={folder / 'client' / 'public.json'}", f"--listen={c}", f"--peer={s}", "--connect_timeout=5")]
+    for p in parties:
+        out = p.communicate(timeout=30)[0]
+        assert p.returncode == 1 and ("no link with" in out or "the other party is gone" in out), out
+
+
 def test_an_end_from_outside_leaves_no_party(exported):
     """SIGTERM to the parent: both parties end with it."""
     folder, _ = exported
