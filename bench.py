@@ -87,7 +87,7 @@ compile = "yes" if compile == "yes" or compile == "auto" and device == "cuda" el
 torch.set_float32_matmul_precision("high")
 torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, and says nothing
 a = torch.randn((n := 8192 if device == "cuda" else 1024), n, device=device, dtype=matmul_dtype)
-peak = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(10))
+peak = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(100))
 name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
 machine = f"{name}, torch {torch.__version__}, {str(matmul_dtype)[6:]} matmuls, {'compiled' if compile == 'yes' else 'eager'}, peak {peak / 1e12:.2f} TFLOP/s"
 print(f"{machine}; {n_layer} layers, {n_head} heads, width {n_embd}, vocabulary {vocab_size}\n"

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from json import dump, dumps, load, loads
 
@@ -139,11 +140,14 @@ def add_up(costs):
 
 def one_party():
     """Role client, server or helper: meet, compute, tell. The client prints the token and writes its result."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the step that C++ is in
+    from model import GPTConfig
     from party import ROLES, Party, greet, infer
     rank, weights, ids = ROLES.index(role), None, None
-    shared = read_json(os.path.join(private, "public.json") if role == "server" else public)
+    path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
+    shared = read_json(path)
     try:
-        c = shared["config"]
+        c = asdict(GPTConfig(**shared["config"]))
         if role == "server":
             from pi_export import flatten, load_weights
             weights = flatten(load_weights(os.path.join(private, "server.npz")))
@@ -154,7 +158,7 @@ def one_party():
     except ValueError as e:
         die(e)
     except (KeyError, TypeError):
-        die(f"{'private/public.json' if role == 'server' else public} is not a public.json: make it with python pi_export.py")
+        die(f"{path} is not a public.json: make it with python pi_export.py")
     import spu
     addresses = [":".join(map(str, host_port(a, "--peer"))) for a in peer.split(",")]
     addresses.insert(rank, ":".join(map(str, host_port(listen, "--listen"))))
@@ -183,7 +187,7 @@ def one_party():
         words = [line.strip() for line in str(e).replace("what:", "").splitlines() if line.strip()]
         die(f"SPU stopped: {words[0] if words else type(e).__name__}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    others = farewell({role: peak})
+    others = farewell({role: peak} if role == "server" else {})  # the client says nothing: its memory could tell of its text
     if role != "client":
         return
     by_kind = add_up(costs)
@@ -191,8 +195,8 @@ def one_party():
     r = {"bytes_total": int(total[0]), "bytes_by_kind": {k: int(v[0]) for k, v in by_kind.items()}, "bytes_of_truncations": int(total[3]),
          "rounds": int(total[1]), "rounds_by_kind": {k: int(v[1]) for k, v in by_kind.items()},
          "seconds": float(total[2]), "seconds_by_kind": {k: float(v[2]) for k, v in by_kind.items()},
-         "seconds_wall": wall, "measured_layers": measure_layers or c["n_layer"],
-         "peak_memory_bytes": {k: v for word in ({role: peak}, *others) for k, v in word.items()}}
+         "seconds_wall": wall, "measured_layers": min(measure_layers or c["n_layer"], c["n_layer"]),
+         "peak_memory_bytes": {k: v for word in ({"client": peak}, *others) for k, v in word.items()}}
     if not measure_layers or measure_layers >= c["n_layer"]:
         token = r["token"] = int(result.argmax() if reveal == "logits" else result)
         text = ""
@@ -200,7 +204,9 @@ def one_party():
             text = repr(tokenizer_of(shared).decode([token]))
         print(f"next token: {token} {text}", file=party.terminal, flush=True)
         if reveal == "logits" and logits_file:
-            np.savez(logits_file, next=result, windows=np.array(all_logits, np.float32))
+            with open(logits_file + ".tmp", "wb") as f:
+                np.savez(f, next=result, windows=np.array(all_logits, np.float32))
+            os.replace(logits_file + ".tmp", logits_file)
     if windows:
         r |= {"windows": windows, "secure_perplexity": perplexity(np.array(all_logits), texts[:, 1:])}
         print(f"perplexity of {windows} x {c['block_size']} held-out tokens: {r['secure_perplexity']:.2f}", file=party.terminal, flush=True)
@@ -243,15 +249,15 @@ def both(model, tokenizer, val, plain=False):
         addresses = free_addresses(2 * len(roles))
         own = seen = addresses[:len(roles)]
         relay = None
-        if network != "none":
-            seen = addresses[len(roles):]
-            relay = subprocess.Popen([sys.executable, os.path.join(HERE, "relay.py"), f"--network={network}", f"--client={own[0]}",
-                                      f"--server={own[1]}", f"--client_front={seen[0]}", f"--server_front={seen[1]}"], stdout=subprocess.PIPE, text=True)
-            print(relay.stdout.readline(), end="", flush=True)
         common = [f"--{k}={globals()[k]}" for k in (*AGREED, "timeout", "connect_timeout", "seed", "tls") if k != "plain"] + [f"--plain={plain}"]
         extra = {"client": [f"--public={shared}", f"--prompt={prompt}", f"--windows_file={val}", f"--json={result}", f"--logits_file={logits}"],
                  "server": [f"--private={secret}"], "helper": [f"--public={shared}"]}
         try:
+            if network != "none":
+                seen = addresses[len(roles):]
+                relay = subprocess.Popen([sys.executable, os.path.join(HERE, "relay.py"), f"--network={network}", f"--client={own[0]}",
+                                          f"--server={own[1]}", f"--client_front={seen[0]}", f"--server_front={seen[1]}"], stdout=subprocess.PIPE, text=True)
+                print(relay.stdout.readline(), end="", flush=True)
             for rank, name in enumerate(roles):
                 others = ",".join(seen[i] for i in range(len(roles)) if i != rank)
                 parties.append(subprocess.Popen([*me, f"--role={name}", f"--listen={own[rank]}", f"--peer={others}", *extra[name], *common],
@@ -332,10 +338,8 @@ def models():
 # ------------------------------------------------------------------------------------------------ what it cost
 def published(r):
     """(GB, minutes) that the paper prints for a run's architecture and size, or None."""
-    if (r["n_embd"], r["n_head"]) != (768, 12):
-        return None
-    name = r["arch"].removesuffix(" plain")
-    return PUBLISHED.get((r["n_layer"], r["block_size"]), {}).get("SM+ScFuFFN" if name.endswith("ScFuFFN)") or name == "SM+ScFuFFN" else name)
+    if (r["n_embd"], r["n_head"], r["vocab_size"], r["protocol"]) == (768, 12, 50257, "cheetah"):
+        return PUBLISHED.get((r["n_layer"], r["block_size"]), {}).get(r["arch"].removesuffix(" plain"))
 
 
 def table(results):
@@ -349,11 +353,11 @@ def table(results):
         if any(kind in r["nonlinear_ops"] for r in results):
             row(name, lambda r: r["nonlinear_ops"].get(kind))
     row("FLOPs, FFN / attention", lambda r: " / ".join(f"{r['flops'][k] / 1e9:.1f}B" if r["flops"][k] > 1e8 else f"{r['flops'][k] / 1e6:.2f}M" for k in ("ffn", "attn")))
-    row("MB, both directions", lambda r: f"{r['bytes_total'] / 1e6:,.1f}")
+    row("MB, both directions" + " of the client's links" * (first["protocol"] == "aby3"), lambda r: f"{r['bytes_total'] / 1e6:,.1f}")
     for kind in dict.fromkeys(kind for r in results for kind in r["bytes_by_kind"]):
         row(f"  {kind}", lambda r: f"{r['bytes_by_kind'].get(kind, 0) / 1e6:,.1f}")
     row("  (truncations, of all)", lambda r: f"{r['bytes_of_truncations'] / 1e6:,.1f}")
-    row("exchanges (rounds at most)", lambda r: f"{r['rounds']:,}")
+    row("messages (round trips at most)", lambda r: f"{r['rounds']:,}")
     row(f"seconds, link {first['network']}", lambda r: f"{r['seconds']:.1f}")
     row("layers run, of", lambda r: f"{r['measured_layers']}, {r['n_layer']}" + " (multiplied)" * (r["measured_layers"] < r["n_layer"]))
     if len(results) > 1:
@@ -404,15 +408,27 @@ def main():
                              reveal=("logits", "token")).items():
         if globals()[key] not in allowed:
             die(f"{key} must be one of {', '.join(allowed)}, and is {globals()[key]!r}", 2)
+    for key, least in dict(measure_layers=0, windows=0, seed=0, timeout=1, connect_timeout=1).items():
+        if globals()[key] < least:
+            die(f"{key} must be at least {least}, and is {globals()[key]}", 2)
+    for path in filter(None, (json, logits_file, chart)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            die(f"no folder to write {path} into", 2)
+    if chart and not chart.endswith(".png"):
+        die(f"chart must end in .png, and is {chart!r}", 2)
     if windows and (reveal == "token" or measure_layers or archs):
         die("--windows compares the logits of a whole trained model: not with --reveal=token, --measure_layers or --archs", 2)
     if network != "none" and protocol == "aby3":
         die("--network joins two parties, and aby3 has three", 2)
     if not find_spec("spu"):
         die("spu is not installed: it needs Python 3.10 or 3.11, then pip install -r requirements.txt")
+    if tls:
+        from party import tls_files
+        tls_files(tls)
     if role != "both":
         return one_party()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no party outlives us
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that no party outlives us
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     results = []
     for model, tokenizer, val in models():
         for as_first in [True] * baseline + [plain]:

@@ -37,7 +37,7 @@ class Party:
     SPU's runtime of one rank. addresses: HOST:PORT by rank, this rank's own being where it listens. protocol: cheetah,
     semi2k or aby3. timeout: seconds without a word in the middle of a step, connect_timeout: until the link stands, or the
     process ends with a line. tls: a folder, see tls_files(), or "".
-    plain: SPU's default settings and secret-shared weights, what pi_export.plain_steps() is measured under.
+    plain: SPU's default settings and secret-shared weights, what pi_export.plain_block_steps() is measured under.
     """
 
     def __init__(self, rank, addresses, protocol, timeout, connect_timeout, tls="", plain=False):
@@ -45,7 +45,7 @@ class Party:
         from spu import libspu
         self.spu, self.rank, self.size, self.plain = spu, rank, len(addresses), plain
         # SPU's profile is written by C++ to stdout: send that to a file, and keep the terminal for ourselves
-        self.profile = tempfile.TemporaryFile("w+")
+        self.profile = tempfile.TemporaryFile("a+")  # appending: C++ writes at the end wherever we read
         self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(self.profile.fileno(), 1)
         desc = libspu.link.Desc()
@@ -61,9 +61,12 @@ class Party:
         others = " and ".join(a for i, a in enumerate(addresses) if i != rank)
         late = threading.Timer(connect_timeout, lambda: quit_now(f"no link with {others} within {connect_timeout:g} seconds: can each side reach the other's "
                                                                  "--listen, and is that what its --peer names?"))
+        late.daemon = True
         late.start()  # SPU itself would wait as long as for a step
-        self.link = libspu.link.create_brpc(desc, rank)
-        late.cancel()
+        try:
+            self.link = libspu.link.create_brpc(desc, rank)
+        finally:
+            late.cancel()
         config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol.upper()), field=libspu.FieldType.FM64, fxp_fraction_bits=18)
         config.enable_pphlo_profile = config.enable_hal_profile = True
         if not plain:
@@ -110,8 +113,8 @@ class Party:
     def run(self, key, function, inputs, output):
         """
         Compile (once per key) and run function over the named values. inputs: {name: (shape, dtype)}. Returns the output's
-        shape and dtype, and the cost, an array: bytes of both directions, messages (of the busier direction: an exchange of two
-        at once counts as one), seconds, and which of the bytes were truncations'.
+        shape and dtype, and the cost, an array: bytes of both directions, messages of the busier direction (at most this many
+        round trips), seconds, and which of the bytes were truncations'.
         """
         import jax
         import spu.utils.frontend as frontend
@@ -239,24 +242,32 @@ def greet(rank, addresses, mine, timeout, tls=""):
     deadline, met, words = time.time() + timeout, [], queue.Queue()
 
     def meet(sock):
-        sock.settimeout(timeout)
+        sock.settimeout(max(0.01, deadline - time.time()))
         sock = context.wrap_socket(sock, server_side=rank == 1) if context else sock
-        sock.sendall(json.dumps(mine).encode() + b"\n")
-        lines = sock.makefile()
-        met.append((sock, lines, json.loads(lines.readline())))
+        try:
+            sock.sendall(json.dumps(mine).encode() + b"\n")
+            lines = sock.makefile()
+            met.append((sock, lines, json.loads(lines.readline())))
+        except (ConnectionError, ssl.SSLEOFError, ValueError):
+            if context:  # a server refuses a certificate after the client's part of the handshake is done
+                raise ssl.SSLError("our certificate was not accepted") from None
+            raise
 
     try:
         if rank == 1:
             with socket.create_server((host, port)) as server:
-                while len(met) < len(addresses) - 1:
+                came = []
+                while len(came) < len(addresses) - 1:  # all of them, before the first is answered
                     server.settimeout(max(0.01, deadline - time.time()))
-                    meet(server.accept()[0])
+                    came.append(server.accept()[0])
+            for sock in came:
+                meet(sock)
         while not met:
             try:
                 meet(socket.create_connection((host, port), timeout=2))
-            except ssl.SSLError:
-                raise
-            except (OSError, ValueError):  # not there yet, or a relay in its place
+            except (OSError, ValueError) as e:  # not there yet, or a relay in its place
+                if isinstance(e, ssl.SSLError) and not isinstance(e, ssl.SSLEOFError):
+                    raise
                 if time.time() > deadline:
                     raise TimeoutError from None
                 time.sleep(0.2)
@@ -289,6 +300,9 @@ def greet(rank, addresses, mine, timeout, tls=""):
     def farewell(word):
         for sock, *_ in met:
             sock.sendall(json.dumps(word).encode() + b"\n")
-        return [words.get() for _ in met]
+        try:
+            return [words.get(timeout=timeout) for _ in met]
+        except queue.Empty:
+            die("the other party did not say that it is done")
 
     return farewell

@@ -5,7 +5,7 @@ A slow link without root and without tc: TCP forwarded between two parties at a 
 
 Whoever connects to server_front (the client does) reaches the server, and the other way round; each front also forwards its
 next port, where bench_spu.py's parties greet. Both connections' bytes toward one party share one pipe, as on a full-duplex
-line. bench_spu.py --network=wan starts one between its two processes. On SIGTERM it prints the bytes that passed as JSON.
+line. bench_spu.py --network=wan starts one between its two processes. On SIGTERM or Ctrl-C it prints the bytes that passed as JSON.
 """
 import json
 import queue
@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from configurator import configure, die
 
@@ -47,8 +48,9 @@ def pump(source, sink, pipe, bandwidth, delay):
                 time.sleep(max(0.0, piece[0] - time.monotonic()))
                 sink.sendall(piece[1])
             sink.shutdown(socket.SHUT_WR)
-        except OSError:  # the receiver is gone: let the sender notice
-            source.close()
+        except OSError:  # the receiver is gone: let the sender notice, and pump() with it
+            with suppress(OSError):
+                source.shutdown(socket.SHUT_RDWR)
 
     threading.Thread(target=deliver, daemon=True).start()
     try:
@@ -112,6 +114,7 @@ def main():
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
     print(f"relay {network}: {NETWORKS[network][0] / 1e6:.0f} Mbps each way, {2000 * NETWORKS[network][1]:g} ms round trip", flush=True)
     while True:
         signal.pause()

@@ -22,9 +22,21 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--vocab_
 TOKENIZER = {"pattern": r"\S+|\s+", "special": {"<|endoftext|>": 256}, "ranks": {base64.b64encode(bytes([i])).decode(): i for i in range(256)}}
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_survives():
+    """A failed test leaves no party behind."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def popen(*args, cwd=ROOT):
-    return subprocess.Popen([sys.executable, str(ROOT / "bench_spu.py"), *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    STARTED.append(subprocess.Popen([sys.executable, str(ROOT / "bench_spu.py"), *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}))
+    return STARTED[-1]
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +173,10 @@ def test_accuracy_over_windows_of_a_checkpoint(exported, tmp_path):
     assert r["max_abs_err"] > 0 and "of 32" in out
 
 
-def test_only_the_token_is_revealed(exported):
-    """--reveal=token: the argmax is computed under encryption, and no logits exist in the clear to compare."""
+def test_only_the_token_is_revealed(exported, certificates):
+    """--reveal=token: the argmax is computed under encryption, and no logits exist in the clear to compare. On a slow, encrypted link."""
     folder, model = exported
-    out = run("bench_spu.py", f"--ckpt={folder / 'ckpt.pt'}", "--reveal=token", "--prompt=def f(x):")
+    out = run("bench_spu.py", f"--ckpt={folder / 'ckpt.pt'}", "--reveal=token", "--prompt=def f(x):", "--network=lan", f"--tls={certificates / 'client'}")
     plain = model(torch.tensor([list(b"def f(x):")]))[0][0, -1].argmax().item()
     assert f"next token: {plain} " in out and "argmax" in out and "same token as in plain" in out and "NO" not in out
 
@@ -196,8 +208,7 @@ def test_an_end_from_outside_leaves_no_party(exported):
     """SIGTERM to the parent: both parties end with it."""
     folder, _ = exported
     parent = popen(f"--ckpt={folder / 'ckpt.pt'}")
-    while "set-up" not in parent.stdout.readline():
-        pass
+    assert any("set-up" in line for line in parent.stdout)
     children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
     parent.terminate()
     assert len(children) == 2 and parent.wait(timeout=30) == 143
@@ -236,6 +247,9 @@ def test_another_model_is_refused(exported, tmp_path):
     (["--ckpt={folder}/ckpt.pt", "--windows=1", "--windows_file=nowhere.bin"], 1, "can't read held-out text"),
     (["--ckpt={folder}/ckpt.pt", "--windows=1", "--reveal=token"], 2, "--windows compares the logits"),
     (["--network=wan", "--protocol=aby3"], 2, "aby3 has three"),
+    (["--measure_layers=-1"], 2, "measure_layers must be at least 0"),
+    (["--ckpt={folder}/ckpt.pt", "--json=nowhere/r.json"], 2, "no folder to write nowhere/r.json into"),
+    (["--role=client", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}"], 2, "--role=client needs --public"),
     (["--role=client", "--public={public}", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}", "--tls={folder}"], 2, "ca.pem: --tls is a folder"),
     (["--role=client", "--public={public}", "--protocol=aby3", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}"], 2, "--peer must name two others"),
 ])
