@@ -30,7 +30,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
-from json import dump, dumps, load, loads
+from json import dumps, load, loads
 
 import numpy as np
 
@@ -90,9 +90,8 @@ def read_json(path):
 
 
 def write_json(path, value):
-    with open(path + ".tmp", "w") as f:
-        dump(value, f, indent=1)
-    os.replace(path + ".tmp", path)
+    from pi_export import write_whole
+    write_whole(path, lambda f: f.write(dumps(value, indent=1).encode()))
 
 
 def tokenizer_of(public):
@@ -143,13 +142,13 @@ def one_party():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the step that C++ is in
     from model import GPTConfig
     from party import ROLES, Party, greet, infer
+    from pi_export import flatten, load_weights, write_whole
     rank, weights, ids = ROLES.index(role), None, None
     path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
     shared = read_json(path)
     try:
         c = asdict(GPTConfig(**shared["config"]))
         if role == "server":
-            from pi_export import flatten, load_weights
             weights = flatten(load_weights(os.path.join(private, "server.npz")))
             if {k: list(v.shape) for k, v in weights.items()} != shared["shapes"]:
                 die(f"{private}/server.npz and public.json are not of one model: run python pi_export.py again")
@@ -204,9 +203,7 @@ def one_party():
             text = repr(tokenizer_of(shared).decode([token]))
         print(f"next token: {token} {text}", file=party.terminal, flush=True)
         if reveal == "logits" and logits_file:
-            with open(logits_file + ".tmp", "wb") as f:
-                np.savez(f, next=result, windows=np.array(all_logits, np.float32))
-            os.replace(logits_file + ".tmp", logits_file)
+            write_whole(logits_file, lambda f: np.savez(f, next=result, windows=np.array(all_logits, np.float32)))
     if windows:
         r |= {"windows": windows, "secure_perplexity": perplexity(np.array(all_logits), texts[:, 1:])}
         print(f"perplexity of {windows} x {c['block_size']} held-out tokens: {r['secure_perplexity']:.2f}", file=party.terminal, flush=True)

@@ -60,8 +60,13 @@ def after_norm(ln, W, b):
     """(W, b) that take a LayerNorm's bare normalised rows in place of its output; as they are if `ln` is the identity."""
     if isinstance(ln, torch.nn.Identity):
         return W, b
-    gain, shift = ln.weight.detach().double().numpy(), ln.bias.detach().double().numpy()
+    gain, shift = gain_and_shift(ln)
     return gain[:, None] * W, shift @ W + b
+
+
+def gain_and_shift(ln):
+    """A LayerNorm's two vectors (d,) as float64 arrays."""
+    return ln.weight.detach().double().numpy(), ln.bias.detach().double().numpy()
 
 
 def fold_block(block, c):
@@ -288,14 +293,14 @@ def plain_export(model, dtype=np.float32):
         arrays = {name: matrix(getattr(block.attn, name)) for name in ("qk", "v", "o")}
         arrays |= {name: matrix(getattr(block.ffn, name)) for name in (["w_ffn"] if c.fuse_ffn else ["w_in", "w_out"])}
         if c.use_layernorm:
-            arrays |= {name: (getattr(block, name).weight.detach().numpy(), getattr(block, name).bias.detach().numpy()) for name in ("ln_1", "ln_2")}
+            arrays |= {name: gain_and_shift(getattr(block, name)) for name in ("ln_1", "ln_2")}
         if c.learnable_temperature:
             arrays["inverse_t"] = (1 / block.attn.temperature.detach().numpy()[:, :, None],)
         if c.learnable_ffn_scale:
             arrays |= {"inverse_alpha": (np.array(1 / block.alpha.item()),), "beta": (np.array(block.beta.item()),)}
         return named(arrays)
 
-    top = {"ln_f": (model.ln_f.weight.detach().numpy(), model.ln_f.bias.detach().numpy())} if c.use_layernorm else {}
+    top = {"ln_f": gain_and_shift(model.ln_f)} if c.use_layernorm else {}
     wte = model.wte.weight.detach().numpy()
     tree = {"wte": wte, "wpe": model.wpe.weight.detach().numpy(), "head": wte.T, **named(top), "blocks": [drop_zero_biases(block(b)) for b in model.blocks]}
     return jax.tree.map(lambda a: np.asarray(a, dtype), tree)
@@ -369,12 +374,16 @@ def write(model, tokenizer, folder, export=export):
     arrays = flatten(export(model))
     public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer}
     os.makedirs(folder, exist_ok=True)
-    for name, put in (("server.npz", lambda f: np.savez(f, **arrays)), ("public.json", lambda f: f.write(json.dumps(public).encode()))):
-        path = os.path.join(folder, name)
-        with open(path + ".tmp", "wb") as f:
-            put(f)
-        os.replace(path + ".tmp", path)
+    write_whole(os.path.join(folder, "server.npz"), lambda f: np.savez(f, **arrays))
+    write_whole(os.path.join(folder, "public.json"), lambda f: f.write(json.dumps(public).encode()))
     return arrays
+
+
+def write_whole(path, put):
+    """Have put(f) write a binary file under a temporary name and rename it: path is never half a file."""
+    with open(path + ".tmp", "wb") as f:
+        put(f)
+    os.replace(path + ".tmp", path)
 
 
 def main():
