@@ -168,10 +168,10 @@ def one_party():
     except OSError as e:
         die(f"can't listen on {listen}: {e}")
     model = hashlib.sha256(dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
-    farewell = greet(rank, addresses, {"model": model, "SPU version": spu.__version__, **{k: globals()[k] for k in AGREED}}, connect_timeout, tls)
+    session, farewell = greet(rank, addresses, {"model": model, "SPU version": spu.__version__, **{k: globals()[k] for k in AGREED}}, connect_timeout, tls)
     started = time.time()
     try:
-        party = Party(rank, addresses, protocol, timeout, connect_timeout / 2, tls, plain)
+        party = Party(rank, addresses, protocol, timeout, connect_timeout / 2, tls, plain, session)
 
         def told(stage, costs, what=""):
             print(f"{what}{stage:<24} {sum(cost[0] for _, _, cost in costs) / 1e6:10.1f} MB {time.time() - started:8.1f} s", file=party.terminal, flush=True)
@@ -220,15 +220,16 @@ def perplexity(logits, targets):
 
 # ------------------------------------------------------------------------------------------------ all parties here
 def free_addresses(n):
-    """n addresses on this machine, each with its port and the next one free."""
-    for port in range(20000 + os.getpid() % 20000, 60000, 2 * n):
+    """n addresses on this machine, each with its port and the next one free, below where outgoing connections take theirs."""
+    for _ in range(100):  # at random: another run may be choosing, too
+        port = int(np.random.default_rng().integers(10000, 32000))
         try:
             for p in range(port, port + 2 * n):
                 socket.create_server(("127.0.0.1", p)).close()
             return [f"127.0.0.1:{port + 2 * i}" for i in range(n)]
         except OSError:
             continue
-    die(f"no {2 * n} free ports in a row on 127.0.0.1")
+    die(f"no {2 * n} free ports in a row on 127.0.0.1 between 10000 and 32000")
 
 
 def both(model, tokenizer, val, plain=False):
@@ -272,8 +273,9 @@ def both(model, tokenizer, val, plain=False):
             if relay:
                 relay.terminate()
                 passed = relay.communicate()[0]
-        if any(p.returncode for p in parties):
-            die("the private run failed, see above")
+        for name, p in zip(roles, parties):
+            if p.returncode:
+                die(f"the private run failed, see above ({name}: " + (f"exit {p.returncode})" if p.returncode > 0 else f"killed by {signal.Signals(-p.returncode).name})"))
         r = read_json(result)
         if relay:
             r["bytes_tcp"] = sum(loads(passed).values())
@@ -423,7 +425,9 @@ def main():
         from party import tls_files
         tls_files(tls)
     if role != "both":
-        return one_party()
+        one_party()
+        sys.stderr.flush()
+        os._exit(0)  # SPU's threads outlive main(), and freeing what they use ended one run in seventy by SIGSEGV, its result written
     for number in (signal.SIGINT, signal.SIGTERM):  # so that no party outlives us
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     results = []

@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import re
+import secrets
 import socket
 import ssl
 import sys
@@ -36,11 +37,11 @@ class Party:
     """
     SPU's runtime of one rank. addresses: HOST:PORT by rank, this rank's own being where it listens. protocol: cheetah,
     semi2k or aby3. timeout: seconds without a word in the middle of a step, connect_timeout: until the link stands, or the
-    process ends with a line. tls: a folder, see tls_files(), or "".
+    process ends with a line. tls: a folder, see tls_files(), or "". session: greet()'s, the name of the link.
     plain: SPU's default settings and secret-shared weights, what pi_export.plain_block_steps() is measured under.
     """
 
-    def __init__(self, rank, addresses, protocol, timeout, connect_timeout, tls="", plain=False):
+    def __init__(self, rank, addresses, protocol, timeout, connect_timeout, tls="", plain=False, session="root"):
         import spu
         from spu import libspu
         self.spu, self.rank, self.size, self.plain = spu, rank, len(addresses), plain
@@ -49,6 +50,7 @@ class Party:
         self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(self.profile.fileno(), 1)
         desc = libspu.link.Desc()
+        desc.id = session  # SPU files what arrives under this name: what another run sent to a port of ours must not pass for our peer's
         for name, address in zip(ROLES, addresses):
             desc.add_party(name, address)
         desc.recv_timeout_ms = desc.http_timeout_ms = timeout * 1000
@@ -235,17 +237,18 @@ def greet(rank, addresses, mine, timeout, tls=""):
     one doesn't come within `timeout` seconds or differs. A thread for each then watches, and ends this process with a line
     when the other's dies.
 
-    Returns farewell(word): tell the others the JSON value `word`, and return theirs, when all have finished.
+    Returns (session, farewell): a name of this run that the server drew; farewell(word): tell the others the JSON value
+    `word`, and return theirs, when all have finished. The server answers last: nobody leaves while another still needs them.
     """
     host, port = addresses[1].rpartition(":")[0], int(addresses[1].rpartition(":")[2]) + 1
     context = tls_context(tls, rank == 1) if tls else None
-    deadline, met, words = time.time() + timeout, [], queue.Queue()
+    deadline, met, words, session = time.time() + timeout, [], queue.Queue(), secrets.token_hex(8)
 
     def meet(sock):
         sock.settimeout(max(0.01, deadline - time.time()))
         sock = context.wrap_socket(sock, server_side=rank == 1) if context else sock
         try:
-            sock.sendall(json.dumps(mine).encode() + b"\n")
+            sock.sendall(json.dumps(mine | {"session": session}).encode() + b"\n")
             lines = sock.makefile()
             met.append((sock, lines, json.loads(lines.readline())))
         except (ConnectionError, ssl.SSLEOFError, ValueError):
@@ -298,11 +301,18 @@ def greet(rank, addresses, mine, timeout, tls=""):
         threading.Thread(target=watch, args=(lines,), daemon=True).start()
 
     def farewell(word):
-        for sock, *_ in met:
-            sock.sendall(json.dumps(word).encode() + b"\n")
+        def say():
+            for sock, *_ in met:
+                sock.sendall(json.dumps(word).encode() + b"\n")
+
+        if rank != 1:
+            say()
         try:
-            return [words.get(timeout=timeout) for _ in met]
+            said = [words.get(timeout=timeout) for _ in met]
         except queue.Empty:
             die("the other party did not say that it is done")
+        if rank == 1:
+            say()
+        return said
 
-    return farewell
+    return session if rank == 1 else met[0][2]["session"], farewell
