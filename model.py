@@ -39,6 +39,7 @@ class GPTConfig:
     fuse_ffn: bool = False  # Fu: one d x d matrix for W_in W_out, which nothing nonlinear separates
     learnable_ffn_scale: bool = False  # Sc: alpha and beta per layer, eq. 8
     learnable_temperature: bool = False  # SM(t): a temperature per head and query position, eq. 9
+    temperature_per_head: bool = False  # one per head alone, SM(th): not the paper's; it folds into W_Q, so it is free in private inference
     temperature_init: float = 1e-2  # where t starts (the paper: 1e-2 on CodeParrot, 1e-1 on Languini)
     weight_norm: str = "none"  # the linears that carry weight norm, one of NORM_PLACES
     spectral_norm: str = "none"  # the linears that carry spectral norm, one of NORM_PLACES
@@ -67,7 +68,7 @@ class GPTConfig:
     @property
     def name(self):
         """The paper's name of this architecture (Table 1), such as SM+LN+G or SM(t)+ScFuFFN."""
-        parts = ["SM(t)" if self.learnable_temperature else "SM"]
+        parts = ["SM(th)" if self.learnable_temperature and self.temperature_per_head else "SM(t)" if self.learnable_temperature else "SM"]
         parts += ["LN"] * self.use_layernorm + ["G"] * self.use_gelu + ["R"] * self.use_relu
         if self.fuse_ffn or self.learnable_ffn_scale:
             parts.append("Sc" * self.learnable_ffn_scale + "Fu" * self.fuse_ffn + "FFN")
@@ -100,11 +101,12 @@ class Attention(nn.Module):
         self.o = linear(c, d, d, "o", bias=c.bias)
         if c.learnable_temperature:
             # log t is what is learned: t stays positive whatever the optimizer does
-            self.log_temperature = nn.Parameter(torch.full((c.n_head, c.block_size), math.log(c.temperature_init)))
+            positions = 1 if c.temperature_per_head else c.block_size
+            self.log_temperature = nn.Parameter(torch.full((c.n_head, positions), math.log(c.temperature_init)))
 
     @property
     def temperature(self):
-        """t, (H, block_size), always positive."""
+        """t, (H, block_size), or (H, 1) with temperature_per_head; always positive."""
         return self.log_temperature.exp()
 
     def forward(self, x, return_entropy=False, block_mask=None):

@@ -11,7 +11,7 @@ can do in the clear is done here, once, in float64:
 
 - weight norm and spectral norm            -> the plain weight they stand for
 - LayerNorm's gain and bias                -> the next matrix: (n g + b) W = n (diag(g) W) + b W
-- 1 / sqrt(d_k), and the unit of the logits -> W_Q   (the exponential below wants them in twelves)
+- 1 / sqrt(d_k), the unit of the logits, and a temperature per head -> W_Q   (the exponential below wants logits in twelves)
 - W_in W_out, where nothing is between     -> one d x d matrix, fused in training or not
 - alpha, beta and the residual (eq. 8)     -> X_out = X_SA W', W' = beta I + W_ffn / alpha   (no LayerNorm, no activation)
 - the output projection, in such a model   -> X_out = [X, Y] [[W'], [W_O W']]: nothing nonlinear stands between two
@@ -75,9 +75,12 @@ def fold_block(block, c):
     W, b = matrix(block.attn.qk)
     Wv, bv = matrix(block.attn.v)
     scale = np.repeat([1 / (LOGIT_UNIT * math.sqrt(d // c.n_head)), 1.0], d)  # over Q's columns alone
+    inverse_t = 1 / block.attn.temperature.detach().double().numpy() if c.learnable_temperature else None  # (H, T) or (H, 1)
+    if c.learnable_temperature and c.temperature_per_head:
+        scale[:d] *= np.repeat(inverse_t, d // c.n_head)
     arrays = {"qkv": after_norm(block.ln_1, np.hstack((W * scale, Wv)), np.hstack((b * scale, bv)))}
-    if c.learnable_temperature:
-        arrays["inverse_t"] = (1 / block.attn.temperature.detach().double().numpy()[:, :, None],)
+    if c.learnable_temperature and not c.temperature_per_head:
+        arrays["inverse_t"] = (inverse_t[:, :, None],)
     o, bo = matrix(block.attn.o)
     alpha, beta = (block.alpha.item(), block.beta.item()) if c.learnable_ffn_scale else (1.0, 1.0)
     if c.use_gelu or c.use_relu:

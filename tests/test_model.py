@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "SM+R": dict(SM, use_relu=True), "SM": SM, "SM+WNorm(FFN)": dict(SM, weight_norm="ffn"), "SM+SNorm(FFN)": dict(SM, spectral_norm="ffn"),
     "SM+ScFFN": dict(SM, learnable_ffn_scale=True), "SM+ScFuFFN": dict(SM, fuse_ffn=True, learnable_ffn_scale=True),
     "SM(t)+ScFuFFN": dict(SM, fuse_ffn=True, learnable_ffn_scale=True, learnable_temperature=True),
+    "SM(th)+ScFuFFN": dict(SM, fuse_ffn=True, learnable_ffn_scale=True, learnable_temperature=True, temperature_per_head=True),
 }
 
 
@@ -50,7 +51,7 @@ def by_the_equations(model, idx):
             cut = slice(head * d_k, (head + 1) * d_k)
             out, ent = [], []
             for i in range(T):
-                t = block.attn.log_temperature[head, i].exp() if c.learnable_temperature else 1.0
+                t = block.attn.temperature[head, 0 if c.temperature_per_head else i] if c.learnable_temperature else 1.0
                 A = F.softmax(torch.stack([Q[i, cut] @ K[j, cut] / (t * math.sqrt(d_k)) for j in range(i + 1)]), 0)
                 out.append(sum(A[j] * V[j, cut] for j in range(i + 1)))
                 ent.append(-torch.xlogy(A, A).sum())
@@ -83,7 +84,7 @@ def test_every_architecture_is_its_equations(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_config_files_are_the_architectures(name):
-    files = {"SM+WNorm(FFN)": "sm_wnorm_ffn", "SM+SNorm(FFN)": "sm_snorm_ffn", "SM(t)+ScFuFFN": "sm_t_scfuffn"}
+    files = {"SM+WNorm(FFN)": "sm_wnorm_ffn", "SM+SNorm(FFN)": "sm_snorm_ffn", "SM(t)+ScFuFFN": "sm_t_scfuffn", "SM(th)+ScFuFFN": "sm_th_scfuffn"}
     path = ROOT / "config" / f"{files.get(name, name.lower().replace('+', '_'))}.py"
     flags = {}
     exec(path.read_text(), {}, flags)

@@ -46,7 +46,7 @@ def test_the_unfolded_form_is_the_same_model(name):
 
 def test_a_softmax_only_block_is_two_matrices():
     """Q, K, V in one and all the rest in the other: no projection, no FFN, no scale, no norm is left to multiply."""
-    for name in ("SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN"):
+    for name in ("SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN", "SM(th)+ScFuFFN"):
         block = export(build(**ARCHITECTURES[name]))["blocks"][0]
         assert {k: v.shape for k, v in block.items()} == {"qkv": (8, 24), "qkv_b": (24,), "out": (16, 8)}, name
     assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks"][0]["inverse_t"].shape == (2, 16, 1)
