@@ -29,7 +29,7 @@ import torch
 
 from configurator import configure, die, setting_names
 from data.prepare import load_tokenizer
-from entropy import EntropyRegularizer, max_causal_entropy
+from entropy import EntropyRegularizer, describe, diagnosis, draw, max_causal_entropy, read_log
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -42,6 +42,7 @@ log_interval = 10           # steps between log lines
 log_to = ""                 # also to "tensorboard" or "wandb" (installed by you)
 sample_prompt = "def"       # a sample is generated from this at the end
 sample_tokens = 100         # its length in tokens, 0 for none
+plot = True                 # draw the entropies at the end, entropy.png in out_dir
 # data
 dataset = "pycode"          # folder under data_dir, made by data/prepare.py
 data_dir = "data"
@@ -59,6 +60,7 @@ use_relu = False
 fuse_ffn = False
 learnable_ffn_scale = False
 learnable_temperature = False
+temperature_per_head = False
 temperature_init = 1e-2
 weight_norm = "none"
 spectral_norm = "none"
@@ -476,3 +478,11 @@ log({"event": "done", "step": step, "arch": arch, "val_ce": ce, "val_ppl": perpl
      "tokens": step * tokens_per_step, "tokens_per_s": rate, "parameters": n_parameters, "entropy_by_layer": last_entropy,
      "settings": settings, "machine": f"{platform.processor() or platform.machine()}, {machine}", "torch": torch.__version__,
      "data_sha256": meta["sha256"], "sample": sample})
+if plot:
+    try:
+        seen = describe(arch, model, head_entropy, regularizer and regularizer.threshold, read_log(log_path))
+        print("\n".join(diagnosis(seen)))
+        draw([seen], os.path.join(out_dir, "entropy.png"))
+        print(os.path.join(out_dir, "entropy.png"))
+    except (ImportError, OSError, ValueError) as e:
+        print(f"no picture of the entropies: {e}", file=sys.stderr)

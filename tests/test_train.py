@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=16", "--sample_tokens=0"]
+TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False"]
 EREG = ["config/ereg_sm_t_scfuffn.py", *TINY]
 
 
@@ -28,7 +28,7 @@ def weights(out_dir):
 
 def test_a_real_run_learns(data_dir, tmp_path):
     out = run("train.py", "config/sm_scfuffn.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=50",
-              "--eval_interval=25", "--learning_rate=1e-2", "--sample_tokens=5")
+              "--eval_interval=25", "--learning_rate=1e-2", "--sample_tokens=5", "--plot=True")
     log = records(tmp_path)
     evals = [r for r in log if r["event"] == "eval"]
     assert [r["step"] for r in evals] == [0, 25, 50]

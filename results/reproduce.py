@@ -1,0 +1,231 @@
+"""
+Train what the paper's tables and figures are about, and tabulate it: results/reproduction.{json,md} and pictures.
+
+    python results/reproduce.py                            # everything that isn't done yet, about 5 hours on 2 cores
+    python results/reproduce.py --only=architectures,gamma # some of the tables
+    python results/reproduce.py --only=none                # nothing new: tables and pictures of what is there
+    python results/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, on one GPU: results/reproduction_gpu.*
+    python results/reproduce.py --extra="--batch_size=16" --out_dir=out/b16 --into=out/b16   # the same with other settings
+
+A run lives in out/reproduce/<configuration>,<settings>-s<seed>; one that has finished is not run again, one that was
+interrupted is resumed, one that two tables share is run once. Runs of one seed see the same data in the same order.
+"""
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+from configurator import configure, die  # noqa: E402
+from entropy import draw, look, quartile_distribution, read_log  # noqa: E402
+
+only = ""               # tables to train for, comma-separated, or none; all if empty
+scale = "cpu"           # cpu: train.py's defaults | gpu: GPT-2 small
+gpu_steps = 4000        # scale gpu: steps of every run, 8192 tokens each
+jobs = 2                # runs side by side, each with its share of the cores
+out_dir = "out/reproduce"
+data_dir = "data"
+into = str(HERE)        # folder for tables and pictures
+extra = ""              # further flags of every train.py run; to be kept apart by out_dir
+
+GPU = dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, eval_windows=512, eval_interval=500, log_interval=50)
+SEEDS, TUNING_SEED = (1337, 1338, 1339), 1
+EREG, T, SC = "ereg_sm_t_scfuffn", "sm_t_scfuffn", "sm_scfuffn"
+
+
+def row(label, config, published="", seeds=SEEDS[:1], **flags):
+    """A row of a table: a configuration of config/ with settings of its own, trained with each seed. published: the paper's figure."""
+    return {"label": label, "config": config, "flags": flags, "seeds": list(seeds), "published": published}
+
+
+def norms(where, weight, spectral):
+    return [row(f"SM+WNorm({where.upper()})", "sm", weight, weight_norm=where), row(f"SM+SNorm({where.upper()})", "sm", spectral, spectral_norm=where)]
+
+
+BARE = [row("SM", "sm", "NaN", SEEDS), row("SM+ScFFN", "sm_scffn", "3.50", SEEDS), row("SM+ScFuFFN", SC, "3.48", SEEDS)]
+PROPOSAL = [row("EReg(SM(t)+ScFuFFN)", EREG, "3.21", SEEDS)]
+TABLES = {  # name: (what it is, what the published column shows, rows); the first row of a table is what the others are compared with
+    "architectures": ("The configurations of the perplexity tables, three seeds", "PPL", [
+        row("SM+LN+G", "sm_ln_g", "2.69", SEEDS), row("SM+LN+R", "sm_ln_r", "2.76", SEEDS), row("SM+LN", "sm_ln", "3.38", SEEDS),
+        row("SM+G", "sm_g", "3.20", SEEDS), row("SM+R", "sm_r", "2.94", SEEDS), *BARE, row("SM(t)+ScFuFFN", T, "", SEEDS),
+        row("SM(t)+ScFuFFN, t from 0.1", T, "", SEEDS, temperature_init=0.1), *PROPOSAL]),
+    "tuning": ("The learning rate of the two that are compared, on a seed that no other table reports", "PPL", [
+        row(f"{name}, lr {lr:g}", config, "", [TUNING_SEED], learning_rate=lr) for name, config in (("SM+ScFuFFN", SC), ("EReg(SM(t)+ScFuFFN)", EREG))
+        for lr in (1e-3, 5e-4, 2e-3, 4e-3)]),
+    "gamma": ("Tolerance margin (Figures 6 and 7)", "heads in the top quarter", [
+        row(f"EReg, gamma {g:g}", EREG, f"{p}%", **({} if g == 0.2 else {"gamma": g}))
+        for g, p in ((0.2, 2.08), (0.0, "<= 0.7"), (0.05, "<= 0.7"), (0.1, "<= 0.7"), (0.15, 0.7), (0.25, 3.47), (0.3, 6.25))]),
+    "ablation": ("Temperature and regularizer, each alone and together; one temperature per head for one per head and position", "PPL", [
+        row("neither: SM+ScFuFFN", SC, "3.48"), row("temperature alone: SM(t)+ScFuFFN", T), row("temperature alone, from 0.1", T, temperature_init=0.1),
+        row("regularizer alone: EReg(SM+ScFuFFN)", SC, entropy_reg=True), row("both: EReg(SM(t)+ScFuFFN)", EREG, "3.21"),
+        row("per head alone: SM(th)+ScFuFFN", "sm_th_scfuffn"), row("per head, with the regularizer: EReg(SM(th)+ScFuFFN)", EREG, temperature_per_head=True)]),
+    "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)", "PPL", [
+        BARE[2] | {"seeds": SEEDS[:1]}, BARE[1] | {"seeds": SEEDS[:1]}, *norms("ffn", "3.64", "3.63"), *norms("qk", "3.89", "4.25"),
+        *norms("qk+ffn", "3.88", "4.23"), *norms("qkv+ffn", "3.93", "4.26"), *norms("qkvo+ffn", "3.98", "4.34")]),
+    "lambda": ("Weight of the regularizer, both readings of Algorithm 1, and where the temperature starts", "PPL", [
+        row("EReg: lambda 0.164, per position, t from 0.01", EREG, "3.21"), *(row(f"lambda {x:g}", EREG, lambda_entropy=x) for x in (0.0164, 0.05, 0.5)),
+        *(row(f"per head (Algorithm 1 as printed), lambda {x:g}", EREG, reduction="head", lambda_entropy=x) for x in (0.164, 0.05)),
+        *(row(f"t from {x:g}", EREG, temperature_init=x) for x in (0.003, 0.1, 1.0))]),
+    "conditions": ("Do the orders hold at another learning rate, depth, number of tokens?", "PPL", [
+        row(f"{name}, {what}", config, "", **flags) for what, flags in (("lr 3e-4", {"learning_rate": 3e-4}), ("3 x the tokens", {"max_iters": 3000}),
+                                                                        ("12 layers", {"n_layer": 12}))
+        for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+G", "sm_g"), ("SM+R", "sm_r"), ("SM+LN", "sm_ln"))]),
+    "divergence": ("Softmax alone at the paper's width and depth, 3 sequences a step: 12 layers, width 768", "PPL", [
+        row("SM, 12 x 768", "sm", "NaN", n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval_interval=1, eval_windows=3, log_interval=1)]),
+}
+PICTURES = {  # file: runs side by side, seed 1337
+    "entropy_architectures.png": [("sm_ln_g", {}), ("sm_g", {}), ("sm_r", {}), ("sm", {})],             # Figure 2
+    "entropy_stabilised.png": [("sm", {"weight_norm": "ffn"}), ("sm", {"spectral_norm": "ffn"}), (SC, {}), (EREG, {})],  # Figures 4 and 5
+    "entropy_temperature.png": [(T, {}), (T, {"temperature_init": 0.1}), (SC, {"entropy_reg": True}), (EREG, {})],
+    "entropy_gamma.png": [(EREG, {"gamma": g}) for g in (0.0, 0.1)] + [(EREG, {}), (EREG, {"gamma": 0.3})],       # Figures 6 and 7
+}
+
+
+def folder(config, flags, seed):
+    return Path(out_dir) / ("".join([config, *(f",{k}={v}" for k, v in flags.items())]) + f"-s{seed}")
+
+
+def train(config, flags, seed):
+    """Run or resume one, unless its log says that it is over. A divergence, exit status 3, is a result like any other."""
+    path = folder(config, flags, seed)
+    log = read_log(path / "log.jsonl")
+    if stopping or log and log[-1]["event"] in ("done", "diverged"):
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    settings = {**(GPU | {"max_iters": gpu_steps} if scale == "gpu" else {}), **flags, "seed": seed, "data_dir": data_dir, "out_dir": path}
+    start = ["--init_from=resume", f"--out_dir={path}", f"--data_dir={data_dir}"] if (path / "ckpt.pt").exists() else \
+        [f"config/{config}.py", *(f"--{k}={v}" for k, v in settings.items()), *extra.split()]
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if scale == "cpu" else {}
+    with open(path / "stdout.log", "a") as f:
+        process = subprocess.Popen([sys.executable, "train.py", *start], cwd=ROOT, env=os.environ | threads, stdout=f, stderr=subprocess.STDOUT)
+        running.append(process)
+        status = process.wait()
+    if stopping:
+        return
+    if status not in (0, 3):
+        raise RuntimeError(f"{path.name} ended with status {status}: {(path / 'stdout.log').read_text().strip().splitlines()[-1:]}")
+    r = result(config, flags, seed)
+    print(f"{path.name}: " + (f"validation perplexity {r['val_ppl']:.2f}" if status == 0 else f"diverged at step {r['step']}") + f", {r['tokens_per_s']:,} tokens/s", flush=True)
+
+
+def result(config, flags, seed):
+    """What one run came to, from its log; None if it isn't over."""
+    log = read_log(folder(config, flags, seed) / "log.jsonl")
+    if not log or log[-1]["event"] not in ("done", "diverged"):
+        return None
+    heads = [r for r in log if r["event"] == "eval"][-1]["head_entropy"]
+    rates = [r["tokens_per_s"] for r in log if r["event"] == "step"]
+    r = {k: log[-1].get(k) for k in ("event", "arch", "step", "tokens", "val_ppl", "entropy_by_layer", "parameters", "torch", "data_sha256", "machine", "unigram_ppl")}
+    size = {k: log[-1]["settings"][k] for k in ("n_layer", "n_embd", "n_head", "block_size", "vocab_size")} if "settings" in log[-1] else None
+    return r | {"seed": seed, "size": size, "quartiles": quartile_distribution(heads), "tokens_per_s": round(statistics.median(rates)), "head_entropy": heads}
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def markdown(name, rows):
+    title, column, _ = TABLES[name]
+    lines = [f"### {title}", "", "| | seeds | tokens | val. perplexity | spread over seeds | over the first | heads by quarter of the largest, % | entropy by layer, nats "
+             f"| tokens/s | published {column}, the paper's scale |", "|---|---|---|---|---|---|---|---|---|---|"]
+    base = None
+    for r in rows:
+        runs = [x for x in r["runs"] if x]
+        done = [x for x in runs if x["event"] == "done"]
+        if not runs:
+            lines.append(f"| {r['label']} | not run | | | | | | | | {r['published']} |")
+            continue
+        ppl = mean([x["val_ppl"] for x in done]) if done else math.nan
+        base = base or ppl
+        spread = f"{min(x['val_ppl'] for x in done):.1f} to {max(x['val_ppl'] for x in done):.1f}" if len(done) > 1 else ""
+        quarters = " ".join(f"{100 * mean([x['quartiles'][i] for x in runs]):.0f}" for i in range(4))
+        layers = " ".join("nan" if None in es else f"{mean(es):.2f}" for es in zip(*(x["entropy_by_layer"] for x in runs)))
+        cells = [f"{ppl:.1f}", spread, f"{100 * (ppl / base - 1):+.1f}%"] if len(done) == len(runs) else \
+            ["diverged at step " + ", ".join(str(x["step"]) for x in runs if x["event"] == "diverged"), "", ""]
+        lines.append(f"| {r['label']} | {' '.join(str(x['seed']) for x in runs)} | {runs[0]['tokens'] or 0:,} | {' | '.join(cells)} | {quarters} | {layers} "
+                     f"| {mean([x['tokens_per_s'] for x in runs]):,.0f} | {r['published']} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_divergence(log, path):
+    """Loss and every layer's entropy, step by step, until softmax alone breaks."""
+    import matplotlib.pyplot as plt
+    evals = [r for r in log if r["event"] == "eval"]
+    broken = log[-1] if log[-1]["event"] == "diverged" else None
+    fig, (upper, lower) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained", height_ratios=[1, 1.6])
+    upper.plot([r["step"] for r in evals], [r["val_ce"] for r in evals], "o-", color="black", markersize=4, label="validation loss")
+    steps = [r for r in log if r["event"] == "step"]
+    upper.plot([r["step"] for r in steps], [r["ce"] for r in steps], "x--", color="0.5", markersize=4, label="training loss")
+    upper.set(ylabel="cross-entropy, nats")
+    L = len(evals[0]["head_entropy"])
+    for l in range(L):
+        lower.plot([r["step"] for r in evals], [mean(r["head_entropy"][l]) for r in evals], color=plt.cm.viridis(0.92 * l / (L - 1)), marker="osv^Dx*"[l % 7],
+                   markersize=3, label=f"layer {l}")
+    for ax in (upper, lower):
+        if broken:
+            ax.axvline(broken["step"], color="black", linestyle=":", label=broken["what"])
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    lower.set(xlabel="training step", ylabel="mean entropy, nats")
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    given = configure(globals())
+    wanted = list(TABLES) if not only else [] if only == "none" else only.split(",")
+    if scale not in ("cpu", "gpu") or jobs < 1 or set(wanted) - set(TABLES):
+        die(f"scale is cpu or gpu, jobs at least 1, only some of {', '.join(TABLES)}", 2)
+    suffix = "_gpu" * (scale == "gpu")
+    out_dir, data_dir, into, stopping, running = os.path.abspath(out_dir + suffix), os.path.abspath(data_dir), Path(into), [], []
+    if not into.is_dir():
+        die(f"no folder {into} to write tables and pictures into", 2)
+
+    def stop(number, frame):
+        stopping.append(number)
+        for process in running:
+            process.send_signal(signal.SIGTERM)  # it saves, and the next call resumes it
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    todo = list({folder(r["config"], r["flags"], seed): (r["config"], r["flags"], seed)
+                 for name in wanted for r in TABLES[name][2] for seed in r["seeds"]}.values())
+    todo.sort(key=lambda run: SEEDS.index(run[2]) if run[2] in SEEDS else 0)  # every row once before any twice
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, *run) for run in todo]
+        try:
+            for future in futures:
+                future.result()
+        except RuntimeError as e:
+            stop(None, None)
+            die(e)
+    if stopping:
+        sys.exit(128 + stopping[0])
+    tables = {name: [r | {"runs": [result(r["config"], r["flags"], seed) for seed in r["seeds"]]} for r in rows] for name, (_, _, rows) in TABLES.items()}
+    runs = [x for rows in tables.values() for r in rows for x in r["runs"] if x and x["event"] == "done"]
+    for key in ("data_sha256", "torch"):
+        if len({x[key] for x in runs}) > 1:
+            die(f"the runs in {out_dir} differ in {key} and can't be compared: delete the older ones and run again")
+    if not runs:
+        die(f"no finished run in {out_dir}")
+    one, s = runs[0], runs[0]["size"]
+    head = (f"{s['n_layer']} layers, width {s['n_embd']}, {s['n_head']} heads, T = {s['block_size']}, vocabulary {s['vocab_size']}, pycode (sha256 "
+            f"{one['data_sha256'][:16]}), where the paper has 12 layers, width 768, 12 heads and 2.1B tokens of CodeParrot. {one['machine']}, torch "
+            f"{one['torch']}; tokens/s as trained, {jobs} side by side. Validation perplexity of a unigram model: {one['unigram_ppl']:.1f}. "
+            f"Made by `{' '.join(['python results/reproduce.py', *(f'--{k}={v!r}' for k, v in given.items() if k in ('scale', 'extra'))])}`.\n\n")
+    (into / f"reproduction{suffix}.json").write_text(json.dumps(tables, indent=0) + "\n")
+    (into / f"reproduction{suffix}.md").write_text(head + "\n".join(markdown(name, rows) for name, rows in tables.items()))
+    print(head + "\n".join(markdown(name, tables[name]) for name in wanted or tables))
+    for name, chosen in PICTURES.items():
+        paths = [folder(config, flags, SEEDS[0]) / "ckpt.pt" for config, flags in chosen]
+        if all(read_log(path.parent / "log.jsonl")[-1:] and path.exists() for path in paths):
+            draw([look(str(path)) for path in paths], into / name.replace(".png", f"{suffix}.png"))
+    log = read_log(folder("sm", TABLES["divergence"][2][0]["flags"], SEEDS[0]) / "log.jsonl")
+    if log:
+        draw_divergence(log, into / f"divergence{suffix}.png")
