@@ -59,7 +59,7 @@ def exported(tmp_path_factory):
 
 def ports(i):
     """Two addresses, four ports with the next ones, their own for each test."""
-    base = 20000 + (os.getpid() * 40 + 4 * i) % 30000
+    base = 10000 + (os.getpid() * 40 + 4 * i) % 22000
     return f"127.0.0.1:{base}", f"127.0.0.1:{base + 2}"
 
 
