@@ -141,7 +141,7 @@ def one_party():
     """Role client, server or helper: meet, compute, tell. The client prints the token and writes its result."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the step that C++ is in
     from model import GPTConfig
-    from party import ROLES, Party, greet, infer
+    from party import ROLES, Party, greet, infer, quit_now
     from pi_export import flatten, load_weights, write_whole
     rank, weights, ids = ROLES.index(role), None, None
     path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
@@ -184,7 +184,7 @@ def one_party():
     except RuntimeError as e:
         time.sleep(1)  # if the other party died, the watcher says so better
         words = [line.strip() for line in str(e).replace("what:", "").splitlines() if line.strip()]
-        die(f"SPU stopped: {words[0] if words else type(e).__name__}")
+        quit_now(f"SPU stopped: {words[0] if words else type(e).__name__}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     others = farewell({role: peak} if role == "server" else {})  # the client says nothing: its memory could tell of its text
     if role != "client":
@@ -262,6 +262,7 @@ def both(model, tokenizer, val, plain=False):
                                                 stdout=None if name == "client" else subprocess.DEVNULL))
             while any(p.poll() is None for p in parties) and not any(p.poll() for p in parties):
                 time.sleep(0.1)
+            failed = [(name, p.returncode) for name, p in zip(roles, parties) if p.returncode]
             for p in parties:  # if one failed the others notice by themselves, and say so
                 p.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -273,9 +274,8 @@ def both(model, tokenizer, val, plain=False):
             if relay:
                 relay.terminate()
                 passed = relay.communicate()[0]
-        for name, p in zip(roles, parties):
-            if p.returncode:
-                die(f"the private run failed, see above ({name}: " + (f"exit {p.returncode})" if p.returncode > 0 else f"killed by {signal.Signals(-p.returncode).name})"))
+        for name, status in failed:
+            die(f"the private run failed, see above ({name}: " + (f"exit {status})" if status > 0 else f"killed by {signal.Signals(-status).name})"))
         r = read_json(result)
         if relay:
             r["bytes_tcp"] = sum(loads(passed).values())

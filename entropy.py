@@ -212,9 +212,8 @@ def describe(arch, model, head_entropy, threshold=None, log=()):
     """
     E, c = torch.as_tensor(head_entropy).float().cpu(), model.config
     shares = quartile_distribution(E)
-    low, high = E < E.max() / 4, E >= 3 * E.max() / 4
-    last = log[-1] if log else {}
-    run = {"arch": arch, "block_size": c.block_size, "max_causal_entropy": max_causal_entropy(c.block_size), "step": last.get("step"),
+    low, high = (E < E.max() / 4) | (E == 0), (E >= 3 * E.max() / 4) & (E > 0)
+    run = {"arch": arch, "block_size": c.block_size, "max_causal_entropy": max_causal_entropy(c.block_size),
            "val_ppl": ([r["val_ppl"] for r in log if r["event"] == "eval"] or [None])[-1],
            "head_entropy": E.tolist(), "layer_entropy": E.mean(1).tolist(), "quartiles": shares, "largest": float(E.max()),
            "collapsed_heads": int(low.sum()), "collapsed_layers": [l for l in range(c.n_layer) if 2 * low[l].sum() >= c.n_head],
@@ -329,16 +328,18 @@ def look(path):
     from model import GPT, load_checkpoint
     try:
         checkpoint = load_checkpoint(path)
-        s, log_path = checkpoint.get("settings", {}), os.path.join(os.path.dirname(path), "log.jsonl")
-        tokens = np.fromfile(os.path.join(s.get("data_dir", "data"), s.get("dataset", "pycode"), "val.bin"), np.uint16)
-        log = read_log(log_path)
-    except (OSError, ValueError) as e:
+        s, log_path = checkpoint.get("settings", {}), os.path.join(os.path.dirname(path), "log.jsonl" if os.path.basename(path) == "ckpt.pt" else "none")  # another one's log isn't its own
+        data = os.path.join(s.get("data_dir", "data"), s.get("dataset", "pycode"))
+        tokens, log = np.fromfile(os.path.join(data, "val.bin"), np.uint16), read_log(log_path)
+        with open(os.path.join(data, "meta.json")) as f:
+            if json.load(f)["sha256"] != checkpoint.get("data_sha256"):
+                die(f"{path} was trained on other data than {data} holds now: run this where its data is")
+    except (OSError, ValueError, KeyError) as e:
         die(e)
     model = GPT.from_checkpoint(checkpoint)
     T, V = model.config.block_size, model.config.vocab_size
     if len(tokens) <= T or tokens.max() >= V:
-        die(f"the validation set of {path} has {len(tokens)} tokens up to {tokens.max(initial=0)}, and the model takes {T + 1} or more below {V}: "
-            "is it the one it was trained with?")
+        die(f"{data} has {len(tokens)} validation tokens up to {tokens.max(initial=0)}, and the model takes {T + 1} or more below {V}: prepare it again")
     n = (len(tokens) - 1) // T
     chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
     total = 0
@@ -360,7 +361,7 @@ def main():
         die(f"windows must be at least 1, and is {windows}", 2)
     if not find_spec("matplotlib"):
         die("drawing needs matplotlib: pip install matplotlib")
-    paths = ckpt.split(",") if ckpt else [os.path.join(folder, "ckpt.pt") for folder in out_dir.split(",")]
+    paths = ckpt.split(",") if ckpt else [os.path.join(folder, "ckpt.pt") for folder in map(os.path.expanduser, out_dir.split(","))]
     picture = png or os.path.join(os.path.dirname(paths[0]), "entropy.png")
     if not picture.endswith(".png") or not os.path.isdir(os.path.dirname(png) or "."):
         die(f"png must be a .png in a folder that exists, and is {picture!r}", 2)

@@ -278,7 +278,7 @@ def greet(rank, addresses, mine, timeout, tls=""):
     except TimeoutError:
         die(f"the other party did not come to {host}:{port} within {timeout} seconds: start it, or check --listen and --peer")
     except ssl.SSLError as e:
-        why = e.verify_message if isinstance(e, ssl.SSLCertVerificationError) else e.reason or e
+        why = e.verify_message if isinstance(e, ssl.SSLCertVerificationError) else getattr(e, "reason", None) or e
         die(f"no secure connection at {host}:{port}: {why} (both sides need --tls, and certificates that the other's ca.pem signed)")
     except (OSError, ValueError) as e:
         die(f"can't talk to the other party at {host}:{port}: {e}")
@@ -311,7 +311,7 @@ def greet(rank, addresses, mine, timeout, tls=""):
         try:
             said = [words.get(timeout=timeout) for _ in met]
         except queue.Empty:
-            die("the other party did not say that it is done")
+            quit_now("the other party did not say that it is done")
         if rank == 1:
             say()
         return said

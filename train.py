@@ -368,7 +368,7 @@ try:
     elif log_to == "wandb":
         import wandb
         writer = wandb.init(project="entropy-guided-attention", name=arch, config=settings)
-    for path in (ckpt_path, log_path):  # an earlier run's work is moved aside, not overwritten
+    for path in (ckpt_path, log_path, os.path.join(out_dir, "entropy.png")):  # an earlier run's work is moved aside, not overwritten
         if not resumed and os.path.exists(path):
             aside = next(f"{path}.old{n}" for n in count(1) if not os.path.exists(f"{path}.old{n}"))
             os.replace(path, aside)

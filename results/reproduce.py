@@ -1,13 +1,14 @@
 """
-Train what the paper's tables and figures are about, and tabulate it: results/reproduction.{json,md} and pictures.
+Train what the paper's tables and figures are about, and tabulate it: out/reproduce/reproduction.{json,md} and pictures.
 
-    python results/reproduce.py                            # everything that isn't done yet, about 5 hours on 2 cores
+    python results/reproduce.py                            # everything that isn't done yet, about 6 hours on 2 cores
     python results/reproduce.py --only=architectures,gamma # some of the tables
     python results/reproduce.py --only=none                # nothing new: tables and pictures of what is there
-    python results/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, on one GPU: results/reproduction_gpu.*
-    python results/reproduce.py --extra="--batch_size=16" --out_dir=out/b16 --into=out/b16   # the same with other settings
+    python results/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, on one GPU, into out/reproduce_gpu
+    python results/reproduce.py --extra="--batch_size=16" --out_dir=out/b16   # the same with other settings
+    python results/reproduce.py --into=results --readme=True   # how results/ and README.md got theirs
 
-A run lives in out/reproduce/<configuration>,<settings>-s<seed>; one that has finished is not run again, one that was
+A run lives in out/reproduce/<configuration>-<settings>-s<seed>; one that has finished is not run again, one that was
 interrupted is resumed, one that two tables share is run once. Runs of one seed see the same data in the same order.
 """
 import json
@@ -32,7 +33,8 @@ gpu_steps = 4000        # scale gpu: steps of every run, 8192 tokens each
 jobs = 2                # runs side by side, each with its share of the cores
 out_dir = "out/reproduce"
 data_dir = "data"
-into = str(HERE)        # folder for tables and pictures
+into = ""               # folder for tables and pictures; out_dir if empty
+readme = False          # also put two of the tables into README.md
 extra = ""              # further flags of every train.py run; to be kept apart by out_dir
 
 GPU = dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, eval_windows=512, eval_interval=500, log_interval=50)
@@ -52,16 +54,22 @@ def norms(where, weight, spectral):
 BARE = [row("SM", "sm", "NaN", SEEDS), row("SM+ScFFN", "sm_scffn", "3.50", SEEDS), row("SM+ScFuFFN", SC, "3.48", SEEDS)]
 PROPOSAL = [row("EReg(SM(t)+ScFuFFN)", EREG, "3.21", SEEDS)]
 TABLES = {  # name: (what it is, what the published column shows, rows); the first row of a table is what the others are compared with
-    "architectures": ("The configurations of the perplexity tables, three seeds", "PPL", [
+    "architectures": ("The configurations of the perplexity tables", "PPL", [
         row("SM+LN+G", "sm_ln_g", "2.69", SEEDS), row("SM+LN+R", "sm_ln_r", "2.76", SEEDS), row("SM+LN", "sm_ln", "3.38", SEEDS),
         row("SM+G", "sm_g", "3.20", SEEDS), row("SM+R", "sm_r", "2.94", SEEDS), *BARE, row("SM(t)+ScFuFFN", T, "", SEEDS),
         row("SM(t)+ScFuFFN, t from 0.1", T, "", SEEDS, temperature_init=0.1), *PROPOSAL]),
-    "tuning": ("The learning rate of the two that are compared, on a seed that no other table reports", "PPL", [
-        row(f"{name}, lr {lr:g}", config, "", [TUNING_SEED], learning_rate=lr) for name, config in (("SM+ScFuFFN", SC), ("EReg(SM(t)+ScFuFFN)", EREG))
-        for lr in (1e-3, 5e-4, 2e-3, 4e-3)]),
+    "tuning": ("The learning rate and EReg's own settings, on a seed that no other table reports", "PPL", [
+        *(row(f"{name}, lr {lr:g}", config, "", [TUNING_SEED], learning_rate=lr) for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+LN+G", "sm_ln_g"))
+          for lr in (1e-3, 2e-3, 4e-3)),
+        *(row(f"EReg, lr 0.004, {k} {v:g}", EREG, "", [TUNING_SEED], learning_rate=4e-3, **{k: v})
+          for k, v in (("temperature_init", 0.1), ("lambda_entropy", 0.5), ("lambda_entropy", 1.5)))]),
+    "tuned": ("At the settings which the tuning seed chose, for each its own", "PPL", [
+        row("SM+ScFuFFN, lr 0.004", SC, "3.48", SEEDS, learning_rate=4e-3), row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", SEEDS, learning_rate=4e-3, temperature_init=0.1),
+        row("EReg(SM(t)+ScFuFFN), lr 0.004, t from 0.1", EREG, "3.21", SEEDS, learning_rate=4e-3, temperature_init=0.1),
+        row("SM+LN+G, lr 0.002", "sm_ln_g", "2.69", SEEDS, learning_rate=2e-3)]),
     "gamma": ("Tolerance margin (Figures 6 and 7)", "heads in the top quarter", [
         row(f"EReg, gamma {g:g}", EREG, f"{p}%", **({} if g == 0.2 else {"gamma": g}))
-        for g, p in ((0.2, 2.08), (0.0, "<= 0.7"), (0.05, "<= 0.7"), (0.1, "<= 0.7"), (0.15, 0.7), (0.25, 3.47), (0.3, 6.25))]),
+        for g, p in ((0.2, 2.08), (0.0, "at most 0.7"), (0.05, "at most 0.7"), (0.1, "at most 0.7"), (0.15, 0.7), (0.25, 3.47), (0.3, 6.25))]),
     "ablation": ("Temperature and regularizer, each alone and together; one temperature per head for one per head and position", "PPL", [
         row("neither: SM+ScFuFFN", SC, "3.48"), row("temperature alone: SM(t)+ScFuFFN", T), row("temperature alone, from 0.1", T, temperature_init=0.1),
         row("regularizer alone: EReg(SM+ScFuFFN)", SC, entropy_reg=True), row("both: EReg(SM(t)+ScFuFFN)", EREG, "3.21"),
@@ -84,12 +92,13 @@ PICTURES = {  # file: runs side by side, seed 1337
     "entropy_architectures.png": [("sm_ln_g", {}), ("sm_g", {}), ("sm_r", {}), ("sm", {})],             # Figure 2
     "entropy_stabilised.png": [("sm", {"weight_norm": "ffn"}), ("sm", {"spectral_norm": "ffn"}), (SC, {}), (EREG, {})],  # Figures 4 and 5
     "entropy_temperature.png": [(T, {}), (T, {"temperature_init": 0.1}), (SC, {"entropy_reg": True}), (EREG, {})],
+    "entropy_tuned.png": [(SC, {"learning_rate": 4e-3}), (EREG, {"learning_rate": 4e-3, "temperature_init": 0.1})],
     "entropy_gamma.png": [(EREG, {"gamma": g}) for g in (0.0, 0.1)] + [(EREG, {}), (EREG, {"gamma": 0.3})],       # Figures 6 and 7
 }
 
 
 def folder(config, flags, seed):
-    return Path(out_dir) / ("".join([config, *(f",{k}={v}" for k, v in flags.items())]) + f"-s{seed}")
+    return Path(out_dir) / "-".join([config, *(f"{k}={v}" for k, v in flags.items()), f"s{seed}"])
 
 
 def train(config, flags, seed):
@@ -101,11 +110,14 @@ def train(config, flags, seed):
     path.mkdir(parents=True, exist_ok=True)
     settings = {**(GPU | {"max_iters": gpu_steps} if scale == "gpu" else {}), **flags, "seed": seed, "data_dir": data_dir, "out_dir": path}
     start = ["--init_from=resume", f"--out_dir={path}", f"--data_dir={data_dir}"] if (path / "ckpt.pt").exists() else \
-        [f"config/{config}.py", *(f"--{k}={v}" for k, v in settings.items()), *extra.split()]
+        [f"config/{config}.py", *(f"--{k}={v}" for k, v in settings.items())]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if scale == "cpu" else {}
     with open(path / "stdout.log", "a") as f:
-        process = subprocess.Popen([sys.executable, "train.py", *start], cwd=ROOT, env=os.environ | threads, stdout=f, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, "train.py", *start, *extra.split()], cwd=ROOT, env=os.environ | threads, stdout=f,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # a Ctrl-C is ours to pass on, once
         running.append(process)
+        if stopping:
+            process.terminate()
         status = process.wait()
     if stopping:
         return
@@ -124,7 +136,7 @@ def result(config, flags, seed):
     rates = [r["tokens_per_s"] for r in log if r["event"] == "step"]
     r = {k: log[-1].get(k) for k in ("event", "arch", "step", "tokens", "val_ppl", "entropy_by_layer", "parameters", "torch", "data_sha256", "machine", "unigram_ppl")}
     size = {k: log[-1]["settings"][k] for k in ("n_layer", "n_embd", "n_head", "block_size", "vocab_size")} if "settings" in log[-1] else None
-    return r | {"seed": seed, "size": size, "quartiles": quartile_distribution(heads), "tokens_per_s": round(statistics.median(rates)), "head_entropy": heads}
+    return r | {"seed": seed, "size": size, "quartiles": quartile_distribution(heads), "tokens_per_s": round(statistics.median(rates)) if rates else 0, "head_entropy": heads}
 
 
 def mean(values):
@@ -135,7 +147,7 @@ def markdown(name, rows):
     title, column, _ = TABLES[name]
     lines = [f"### {title}", "", "| | seeds | tokens | val. perplexity | spread over seeds | over the first | heads by quarter of the largest, % | entropy by layer, nats "
              f"| tokens/s | published {column}, the paper's scale |", "|---|---|---|---|---|---|---|---|---|---|"]
-    base = None
+    base = math.nan
     for r in rows:
         runs = [x for x in r["runs"] if x]
         done = [x for x in runs if x["event"] == "done"]
@@ -143,11 +155,11 @@ def markdown(name, rows):
             lines.append(f"| {r['label']} | not run | | | | | | | | {r['published']} |")
             continue
         ppl = mean([x["val_ppl"] for x in done]) if done else math.nan
-        base = base or ppl
+        base = ppl if r is rows[0] else base
         spread = f"{min(x['val_ppl'] for x in done):.1f} to {max(x['val_ppl'] for x in done):.1f}" if len(done) > 1 else ""
         quarters = " ".join(f"{100 * mean([x['quartiles'][i] for x in runs]):.0f}" for i in range(4))
         layers = " ".join("nan" if None in es else f"{mean(es):.2f}" for es in zip(*(x["entropy_by_layer"] for x in runs)))
-        cells = [f"{ppl:.1f}", spread, f"{100 * (ppl / base - 1):+.1f}%"] if len(done) == len(runs) else \
+        cells = [f"{ppl:.1f}", spread, f"{100 * (ppl / base - 1):+.1f}%" if base > 0 else ""] if len(done) == len(runs) else \
             ["diverged at step " + ", ".join(str(x["step"]) for x in runs if x["event"] == "diverged"), "", ""]
         lines.append(f"| {r['label']} | {' '.join(str(x['seed']) for x in runs)} | {runs[0]['tokens'] or 0:,} | {' | '.join(cells)} | {quarters} | {layers} "
                      f"| {mean([x['tokens_per_s'] for x in runs]):,.0f} | {r['published']} |")
@@ -163,7 +175,7 @@ def draw_divergence(log, path):
     upper.plot([r["step"] for r in evals], [r["val_ce"] for r in evals], "o-", color="black", markersize=4, label="validation loss")
     steps = [r for r in log if r["event"] == "step"]
     upper.plot([r["step"] for r in steps], [r["ce"] for r in steps], "x--", color="0.5", markersize=4, label="training loss")
-    upper.set(ylabel="cross-entropy, nats")
+    upper.set(ylabel="cross-entropy, nats", yscale="log")
     L = len(evals[0]["head_entropy"])
     for l in range(L):
         lower.plot([r["step"] for r in evals], [mean(r["head_entropy"][l]) for r in evals], color=plt.cm.viridis(0.92 * l / (L - 1)), marker="osv^Dx*"[l % 7],
@@ -179,52 +191,61 @@ def draw_divergence(log, path):
 
 if __name__ == "__main__":
     given = configure(globals())
-    wanted = list(TABLES) if not only else [] if only == "none" else only.split(",")
+    small = ("conditions", "divergence")  # tables of the small scale alone
+    wanted = [name for name in TABLES if scale == "cpu" or name not in small] if not only else [] if only == "none" else only.split(",")
     if scale not in ("cpu", "gpu") or jobs < 1 or set(wanted) - set(TABLES):
         die(f"scale is cpu or gpu, jobs at least 1, only some of {', '.join(TABLES)}", 2)
     suffix = "_gpu" * (scale == "gpu")
-    out_dir, data_dir, into, stopping, running = os.path.abspath(out_dir + suffix), os.path.abspath(data_dir), Path(into), [], []
-    if not into.is_dir():
-        die(f"no folder {into} to write tables and pictures into", 2)
+    out_dir, data_dir, stopping, running = os.path.abspath(out_dir + suffix), os.path.abspath(data_dir), [], []
+    into = Path(into or out_dir)
+    into.mkdir(parents=True, exist_ok=True)
 
     def stop(number, frame):
         stopping.append(number)
         for process in running:
-            process.send_signal(signal.SIGTERM)  # it saves, and the next call resumes it
+            process.terminate()  # it saves, and the next call resumes it
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     todo = list({folder(r["config"], r["flags"], seed): (r["config"], r["flags"], seed)
                  for name in wanted for r in TABLES[name][2] for seed in r["seeds"]}.values())
     todo.sort(key=lambda run: SEEDS.index(run[2]) if run[2] in SEEDS else 0)  # every row once before any twice
+    if todo and "--dataset=" not in extra and not os.path.exists(os.path.join(data_dir, "pycode", "meta.json")):  # two runs would both prepare it
+        if subprocess.run([sys.executable, ROOT / "data" / "prepare.py", f"--data_dir={data_dir}"]).returncode:
+            die("data/prepare.py failed, see above")
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(train, *run) for run in todo]
         try:
             for future in futures:
                 future.result()
-        except RuntimeError as e:
-            stop(None, None)
+        except Exception as e:
+            stop(1, None)
             die(e)
     if stopping:
         sys.exit(128 + stopping[0])
     tables = {name: [r | {"runs": [result(r["config"], r["flags"], seed) for seed in r["seeds"]]} for r in rows] for name, (_, _, rows) in TABLES.items()}
-    runs = [x for rows in tables.values() for r in rows for x in r["runs"] if x and x["event"] == "done"]
+    over = [x for rows in tables.values() for r in rows for x in r["runs"] if x]
+    runs = [x for x in over if x["event"] == "done"]
     for key in ("data_sha256", "torch"):
         if len({x[key] for x in runs}) > 1:
             die(f"the runs in {out_dir} differ in {key} and can't be compared: delete the older ones and run again")
-    if not runs:
+    if not over:
         die(f"no finished run in {out_dir}")
-    one, s = runs[0], runs[0]["size"]
-    head = (f"{s['n_layer']} layers, width {s['n_embd']}, {s['n_head']} heads, T = {s['block_size']}, vocabulary {s['vocab_size']}, pycode (sha256 "
+    one, s = (runs[0], runs[0]["size"]) if runs else ({}, {})
+    head = "" if not runs else (f"{s['n_layer']} layers, width {s['n_embd']}, {s['n_head']} heads, T = {s['block_size']}, vocabulary {s['vocab_size']}, pycode (sha256 "
             f"{one['data_sha256'][:16]}), where the paper has 12 layers, width 768, 12 heads and 2.1B tokens of CodeParrot. {one['machine']}, torch "
             f"{one['torch']}; tokens/s as trained, {jobs} side by side. Validation perplexity of a unigram model: {one['unigram_ppl']:.1f}. "
-            f"Made by `{' '.join(['python results/reproduce.py', *(f'--{k}={v!r}' for k, v in given.items() if k in ('scale', 'extra'))])}`.\n\n")
+            f"Made by `{' '.join(['python results/reproduce.py', *(f'--{k}={v!r}' for k, v in given.items() if k in ('scale', 'gpu_steps', 'extra'))])}`.\n\n")
     (into / f"reproduction{suffix}.json").write_text(json.dumps(tables, indent=0) + "\n")
     (into / f"reproduction{suffix}.md").write_text(head + "\n".join(markdown(name, rows) for name, rows in tables.items()))
     print(head + "\n".join(markdown(name, tables[name]) for name in wanted or tables))
+    if readme:
+        before, _, rest = (ROOT / "README.md").read_text().partition("<!-- reproduce.py -->\n")
+        after, shown = rest.partition("<!-- end -->\n")[2], "\n".join(markdown(name, tables[name]) for name in ("architectures", "tuned"))
+        (ROOT / "README.md").write_text(f"{before}<!-- reproduce.py -->\n{head}{shown}<!-- end -->\n{after}")
     for name, chosen in PICTURES.items():
         paths = [folder(config, flags, SEEDS[0]) / "ckpt.pt" for config, flags in chosen]
-        if all(read_log(path.parent / "log.jsonl")[-1:] and path.exists() for path in paths):
+        if all(result(config, flags, SEEDS[0]) and path.exists() for path, (config, flags) in zip(paths, chosen)):
             draw([look(str(path)) for path in paths], into / name.replace(".png", f"{suffix}.png"))
     log = read_log(folder("sm", TABLES["divergence"][2][0]["flags"], SEEDS[0]) / "log.jsonl")
     if log:

@@ -19,6 +19,9 @@ def test_a_table_is_trained_once_and_tabulated(data_dir, tmp_path):
     text = (tmp_path / "reproduction.md").read_text()
     assert "2 layers, width 32" in text and "| SM+LN+G | not run |" in text and (tmp_path / "divergence.png").stat().st_size > 20000
     assert "-s1337: validation" not in run("results/reproduce.py", "--only=divergence", *arguments)  # done: nothing is trained again
+    alone = [f"--out_dir={tmp_path / 'sm'}", f"--data_dir={data_dir}", f"--extra={tiny} --learning_rate=1e9 --max_iters=20 --eval_interval=20"]
+    assert "diverged at step" in run("results/reproduce.py", "--only=divergence", *alone)  # a result like any other, and here the only one
+    assert "| SM, 12 x 768 | 1337 | 0 | diverged at step" in (tmp_path / "sm" / "reproduction.md").read_text()
     assert "only some of architectures" in run("results/reproduce.py", "--only=nothing", *arguments, status=2)
 
 
