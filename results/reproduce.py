@@ -222,6 +222,7 @@ if __name__ == "__main__":
             stop(1, None)
             die(e)
     if stopping:
+        print("stopped, every run saved: the same command goes on", file=sys.stderr)
         sys.exit(128 + stopping[0])
     tables = {name: [r | {"runs": [result(r["config"], r["flags"], seed) for seed in r["seeds"]]} for r in rows] for name, (_, _, rows) in TABLES.items()}
     over = [x for rows in tables.values() for r in rows for x in r["runs"] if x]
