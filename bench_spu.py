@@ -274,7 +274,8 @@ def both(model, tokenizer, val, plain=False):
             if relay:
                 relay.terminate()
                 passed = relay.communicate()[0]
-        for name, status in failed:
+        if failed:
+            name, status = failed[0]
             die(f"the private run failed, see above ({name}: " + (f"exit {status})" if status > 0 else f"killed by {signal.Signals(-status).name})"))
         r = read_json(result)
         if relay:

@@ -254,6 +254,16 @@ def table(runs):
     return "\n".join("  ".join(cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
+def draw_history(ax, history):
+    """Each layer's mean entropy over training into a matplotlib axes. history: [[step, L nats]], as describe() has it."""
+    from matplotlib.pyplot import cm
+    L = len(history[0][1])
+    for l in range(L):
+        ax.plot([step for step, _ in history], [e[l] for _, e in history], color=cm.viridis(0.92 * l / max(1, L - 1)), marker="osv^Dx*"[l % 7],
+                markersize=3, linewidth=1.3, label=f"layer {l}")
+    ax.set(xlabel="training step", ylabel="mean entropy, nats")
+
+
 def draw(runs, path):
     """
     A column for each run, as a PNG: heatmap of the heads (Figure 2d-f), quartile distribution (2a), each layer's mean over
@@ -291,11 +301,8 @@ def draw(runs, path):
                 ax.set(ylim=(0, 115), yticks=(0, 50, 100), ylabel="% of heads", xticks=range(4), xlabel=f"entropy, M = {r['largest']:.2f} nats")
                 ax.set_xticklabels(["0 to M/4", "to M/2", "to 3M/4", "to M"], fontsize=8)
             elif panel == "history" and len(r["history"]) > 1:
-                steps, L = [s for s, _ in r["history"]], len(r["layer_entropy"])
-                for l in range(L):
-                    ax.plot(steps, [e[l] for _, e in r["history"]], color=plt.cm.viridis(0.92 * l / max(1, L - 1)), marker="osv^Dx*"[l % 7],
-                            markersize=3, linewidth=1.3, label=f"layer {l}")
-                ax.set(ylim=(-0.05 * most, 1.08 * most), xlabel="training step", ylabel="mean entropy, nats")
+                draw_history(ax, r["history"])
+                ax.set_ylim(-0.05 * most, 1.08 * most)
                 ax.axhline(r["max_causal_entropy"], color="grey", linewidth=0.8, linestyle=":")
                 if r is runs[-1]:
                     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -328,14 +335,19 @@ def look(path):
     from model import GPT, load_checkpoint
     try:
         checkpoint = load_checkpoint(path)
-        s, log_path = checkpoint.get("settings", {}), os.path.join(os.path.dirname(path), "log.jsonl" if os.path.basename(path) == "ckpt.pt" else "none")  # another one's log isn't its own
-        data = os.path.join(s.get("data_dir", "data"), s.get("dataset", "pycode"))
+    except (OSError, ValueError) as e:
+        die(e)
+    s = checkpoint.get("settings", {})
+    data = os.path.join(s.get("data_dir", "data"), s.get("dataset", "pycode"))
+    log_path = os.path.join(os.path.dirname(path), "log.jsonl" if os.path.basename(path) == "ckpt.pt" else "none")  # another one's log isn't its own
+    try:
         tokens, log = np.fromfile(os.path.join(data, "val.bin"), np.uint16), read_log(log_path)
         with open(os.path.join(data, "meta.json")) as f:
-            if json.load(f)["sha256"] != checkpoint.get("data_sha256"):
-                die(f"{path} was trained on other data than {data} holds now: run this where its data is")
+            sha256 = json.load(f)["sha256"]
     except (OSError, ValueError, KeyError) as e:
-        die(e)
+        die(f"can't read the validation set {path} was trained beside, or its log: {e}; run this where its data is")
+    if sha256 != checkpoint.get("data_sha256"):
+        die(f"{path} was trained on other data than {data} holds now: run this where its data is")
     model = GPT.from_checkpoint(checkpoint)
     T, V = model.config.block_size, model.config.vocab_size
     if len(tokens) <= T or tokens.max() >= V:

@@ -97,6 +97,7 @@ MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 HERE = {"out_dir", "init_from", "data_dir", "device", "dtype", "compile", "log_to"}  # not carried over by resume
 FIXED = {*MODEL_KEYS, "dataset", "batch_size", "grad_accum", "seed", "entropy_reg"}  # resume can't change these
 ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
+plot_path = os.path.join(out_dir, "entropy.png")
 
 checkpoint, resumed = None, init_from == "resume"
 if init_from == "resume":
@@ -368,7 +369,7 @@ try:
     elif log_to == "wandb":
         import wandb
         writer = wandb.init(project="entropy-guided-attention", name=arch, config=settings)
-    for path in (ckpt_path, log_path, os.path.join(out_dir, "entropy.png")):  # an earlier run's work is moved aside, not overwritten
+    for path in (ckpt_path, log_path, plot_path):  # an earlier run's work is moved aside, not overwritten
         if not resumed and os.path.exists(path):
             aside = next(f"{path}.old{n}" for n in count(1) if not os.path.exists(f"{path}.old{n}"))
             os.replace(path, aside)
@@ -482,7 +483,7 @@ if plot:
     try:
         seen = describe(arch, model, head_entropy, regularizer and regularizer.threshold, read_log(log_path))
         print("\n".join(diagnosis(seen)))
-        draw([seen], os.path.join(out_dir, "entropy.png"))
-        print(os.path.join(out_dir, "entropy.png"))
+        draw([seen], plot_path)
+        print(plot_path)
     except (ImportError, OSError, ValueError) as e:
         print(f"no picture of the entropies: {e}", file=sys.stderr)

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from configurator import configure, die  # noqa: E402
-from entropy import draw, look, quartile_distribution, read_log  # noqa: E402
+from entropy import draw, draw_history, look, quartile_distribution, read_log  # noqa: E402
 
 only = ""               # tables to train for, comma-separated, or none; all if empty
 scale = "cpu"           # cpu: train.py's defaults | gpu: GPT-2 small
@@ -176,15 +176,11 @@ def draw_divergence(log, path):
     steps = [r for r in log if r["event"] == "step"]
     upper.plot([r["step"] for r in steps], [r["ce"] for r in steps], "x--", color="0.5", markersize=4, label="training loss")
     upper.set(ylabel="cross-entropy, nats", yscale="log")
-    L = len(evals[0]["head_entropy"])
-    for l in range(L):
-        lower.plot([r["step"] for r in evals], [mean(r["head_entropy"][l]) for r in evals], color=plt.cm.viridis(0.92 * l / (L - 1)), marker="osv^Dx*"[l % 7],
-                   markersize=3, label=f"layer {l}")
+    draw_history(lower, [[r["step"], [mean(heads) for heads in r["head_entropy"]]] for r in evals])
     for ax in (upper, lower):
         if broken:
             ax.axvline(broken["step"], color="black", linestyle=":", label=broken["what"])
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    lower.set(xlabel="training step", ylabel="mean entropy, nats")
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
