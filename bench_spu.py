@@ -51,7 +51,7 @@ peer = ""                # one role: HOST:PORT where the other listens
 tls = ""                 # folder with ca.pem, cert.pem and key.pem: encrypt, and refuse a peer that ca.pem didn't sign
 protocol = "cheetah"     # cheetah | semi2k (whose random triples come from the client: faster, and no secrecy from it) | aby3 (three parties)
 network = "none"         # role both: none | lan | wan, the link between the processes, see relay.py
-measure_layers = 0       # > 0: run that many layers and two chunks of the embedding, and multiply; the result then means nothing
+measure_layers = 0       # > 0: run that many layers, the last one and two pieces of the embedding, and multiply; the result then means nothing
 plain = False            # as one would write it first: jax.nn's functions, SPU's defaults, secret-shared weights
 baseline = False         # role both: each model with --plain first, and the ratio
 json = ""                # write the results: a JSON list of an object per architecture, or the client's own result
@@ -235,7 +235,8 @@ def free_addresses(n):
 def both(model, tokenizer, val, plain=False):
     """Export the model, run every party as a process of its own, return the client's result with plain logits beside it."""
     import torch
-    from pi_export import export, plain_export, write
+    from pi_export import export, write
+    from plain import plain_export
     from party import ROLES
     me, parties, c = [sys.executable, os.path.join(HERE, "bench_spu.py")], [], model.config
     roles = ROLES[:3 if protocol == "aby3" else 2]
@@ -359,7 +360,7 @@ def table(results):
     row("  (truncations, of all)", lambda r: f"{r['bytes_of_truncations'] / 1e6:,.1f}")
     row("messages (round trips at most)", lambda r: f"{r['rounds']:,}")
     row(f"seconds, link {first['network']}", lambda r: f"{r['seconds']:.1f}")
-    row("layers run, of", lambda r: f"{r['measured_layers']}, {r['n_layer']}" + " (multiplied)" * (r["measured_layers"] < r["n_layer"]))
+    row("layers run, of", lambda r: f"{r['measured_layers']}{' + last' * (not r['settings']['plain'])}, {r['n_layer']} (multiplied)" if r["measured_layers"] < r["n_layer"] else f"all {r['n_layer']}")
     if len(results) > 1:
         row(f"fewer bytes than {first['arch']}", lambda r: f"{first['bytes_total'] / r['bytes_total']:.2f}x")
         row(f"faster than {first['arch']}", lambda r: f"{first['seconds'] / r['seconds']:.2f}x")
@@ -395,7 +396,7 @@ def draw(results, path):
         ax.text(total, at, f" {total:.2f} {name}", va="center")
     r = results[0]
     ax.set(yticks=y, yticklabels=[r["arch"] for r in results], xlim=(0, 1.15 * left.max()), xlabel=f"{name} of one private next token, both directions",
-           title=f"{r['n_layer']} layers{', from ' + str(r['measured_layers']) if r['measured_layers'] < r['n_layer'] else ''}, width {r['n_embd']}, "
+           title=f"{r['n_layer']} layers{', ' + str(r['measured_layers']) + ' measured, and the last' if r['measured_layers'] < r['n_layer'] else ''}, width {r['n_embd']}, "
                  f"T = {r['block_size']}, vocabulary {r['vocab_size']:,}, {r['protocol']}")
     ax.legend(ncols=1, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -440,7 +441,7 @@ def main():
                 write_json(json, results)
     print(table(results))
     if measure_layers:
-        print("multiplied: the layers not run, and the embedding beyond its first two chunks, count as the last that was")
+        print("multiplied: equal layers that were not run, and the embedding beyond two pieces, count as the last that was")
     if chart:
         draw(results, chart)
 

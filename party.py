@@ -23,7 +23,9 @@ import numpy as np
 from configurator import die
 
 ROLES = ("client", "server", "helper")
-CHUNK = 2048     # rows of the embedding a matrix product takes: one for all would need 88 GB at V = 50257
+CHUNK = 2048     # rows of the embedding a one-hot product takes: one for all would need 88 GB at V = 50257
+BUCKETED = 8 * CHUNK  # from this vocabulary on, if T is 32 or more, the embedding is looked up by buckets (lookup.py)
+GROUP = 8        # buckets a product takes
 SCALE = 2.0**16  # the embedding is looked up as integers, exact to 1 / SCALE
 
 
@@ -38,13 +40,13 @@ class Party:
     SPU's runtime of one rank. addresses: HOST:PORT by rank, this rank's own being where it listens. protocol: cheetah,
     semi2k or aby3. timeout: seconds without a word in the middle of a step, connect_timeout: until the link stands, or the
     process ends with a line. tls: a folder, see tls_files(), or "". session: greet()'s, the name of the link.
-    plain: SPU's default settings and secret-shared weights, what pi_export.plain_block_steps() is measured under.
+    plain: SPU's default settings and secret-shared weights, what plain.py is measured under.
     """
 
     def __init__(self, rank, addresses, protocol, timeout, connect_timeout, tls="", plain=False, session="root"):
         import spu
         from spu import libspu
-        self.spu, self.rank, self.size, self.plain = spu, rank, len(addresses), plain
+        self.spu, self.rank, self.size, self.plain, self.session = spu, rank, len(addresses), plain, session
         # SPU's profile is written by C++ to stdout: send that to a file, and keep the terminal for ourselves
         self.profile = tempfile.TemporaryFile("a+")  # appending: C++ writes at the end wherever we read
         self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
@@ -140,26 +142,26 @@ class Party:
 def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0, reveal="logits", every_row=False):
     """
     One private forward pass. public: public.json's dict; weights: server.npz's arrays on the server, else None; ids: the
-    prompt's tokens on the client, else None; reveal: "logits" or "token"; layers: how many to run, 0 for all. With fewer
-    than all only two chunks of the embedding are looked up, too, and the result means nothing.
+    prompt's tokens on the client, else None; reveal: "logits" or "token"; layers: how many to run besides the last one (which plain
+    has among them), 0 for all. With fewer than all only two pieces of the embedding are looked up, too, and the result means nothing.
 
     Returns (result, costs). result, None but on the client: logits (V,) of the last position, or its most likely token, or
     with every_row the logits (T, V). costs: [(kind, times, cost of Party.run)] in the order run; times is how many equal
     pieces this one stands for, itself included. told(stage, costs) is called after each stage.
     """
     import jax.numpy as jnp
+    from lookup import QUERIES, buckets, queries
     from model import GPTConfig
-    from pi_export import SECURE, block_steps, head_steps, plain_block_steps, plain_head_steps, secure_argmax, square
+    from pi_export import SECURE, block_steps, head_steps, secure_argmax, square
+    from plain import plain_block_steps, plain_head_steps
     c, shapes = GPTConfig(**public["config"]), {k: tuple(v) for k, v in public["shapes"].items()}
     T, V, d, server, client = c.block_size, c.vocab_size, c.n_embd, party.rank == 1, party.rank == 0
     of_block, of_head = (plain_block_steps, plain_head_steps) if party.plain else (block_steps, head_steps)
-    one_hot = last = None
+    one_row = not every_row and not party.plain  # the last block computes only what a next token needs
+    whole = not layers or layers >= c.n_layer
     if client:
-        one_hot, last = np.zeros((T, V), np.int32), np.zeros((1, T), np.float32)
-        one_hot[np.arange(len(ids)), ids] = 1  # rows past the prompt are empty: no position before them sees them
-        last[0, len(ids) - 1] = 1
-    specs, costs, layers = {}, [], min(layers or c.n_layer, c.n_layer)
-    rows_run = V if layers == c.n_layer else min(V, 2 * CHUNK)
+        end, ids = len(ids) - 1, np.pad(ids, (0, T - len(ids)), constant_values=-1)  # no position sees those past the prompt
+    specs, costs = {}, []
 
     def put(name, shape, owner, value, dtype=np.float32):
         specs[name] = (tuple(shape), dtype)
@@ -175,27 +177,49 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
     step("set-up", "ready", lambda a, b: jnp.maximum(square(a + b) @ (a + b), a) + (a + b) @ b, ["mine", "theirs"], "set-up")
     told("set-up", costs)
 
-    for start in range(0, rows_run, CHUNK):
-        rows = min(CHUNK, V - start)
-        times = 1 if start + rows < rows_run else (V - start) / rows
-        put("hot", (T, rows), 0, one_hot[:, start:start + rows] if client else None, np.int32)
-        put("wte", (rows, d), 1, np.round(weights["wte"][start:start + rows] * SCALE) if server else None, np.int32)
-        step("embedding", "found", (lambda h, w: h @ w) if start == 0 else (lambda h, w, found: found + h @ w),
-             ["hot", "wte"] + ["found"] * (start > 0), f"embedding {rows}", times)
-        told(f"embedding {min(V, start + CHUNK):,}/{V:,}", costs)
+    bucketed = V >= BUCKETED and T >= 32 and not party.plain
+    if bucketed:
+        dealt = buckets(V, T, party.session.encode())
+        hot, chosen = queries(ids, dealt) if client else (None, None)
+        tokens = [dealt[i:i + GROUP] for i in range(0, len(dealt), GROUP)]
+        asked = [hot[i:i + GROUP] for i in range(0, len(dealt), GROUP)] if client else None
+    else:
+        tokens = [np.arange(start, min(start + CHUNK, V)) for start in range(0, V, CHUNK)]
+        asked = [ids[:, None] == piece for piece in tokens] if client else None
+    table = np.round(np.vstack((weights["wte"], np.zeros((1, d)))) * SCALE).astype(np.int32) if server else None  # row V stands for no token
+    run = len(tokens) if whole else min(len(tokens), 2)
+    for i in range(run):
+        *bucket, rows = tokens[i].shape
+        put("hot", (*bucket, QUERIES if bucketed else T, rows), 0, asked[i] if client else None, np.int32)
+        put("table", (*bucket, rows, d), 1, table[tokens[i]] if server else None, np.int32)
+        times = 1 if i + 1 < run else sum(piece.size for piece in tokens[i:]) / tokens[i].size
+        step("embedding", f"found {i}", lambda h, w: (h @ w).reshape(-1, d), ["hot", "table"], f"embedding {rows}", times)
+        told(f"embedding {i + 1}/{len(tokens)}", costs)
+    found = [f"found {i}" for i in range(run)]
+    if bucketed:
+        put("chosen", (T, dealt.shape[0] * QUERIES), 0, chosen, np.int32)
+        step("embedding", "found", lambda chosen, *found: chosen @ jnp.vstack([found[min(i, run - 1)] for i in range(len(tokens))])[:chosen.shape[1]],
+             ["chosen"] + found, "choose")
+    else:
+        step("embedding", "found", lambda *found: sum(found), found, "sum")
     put("wpe", (T, d), 1, weights["wpe"] if server else None)
     step("embedding", "x", lambda found, wpe: found.astype(np.float32) * (1 / SCALE) + wpe, ["found", "wpe"], "embedding")
 
-    for layer in range(layers):
+    if not every_row:  # which row is the last is the client's secret
+        put("last", (1, T), 0, np.eye(T)[end:end + 1] if client else None)
+    if one_row:
+        put("seen", (1, T), 0, np.tri(T)[end:end + 1] if client else None)
+    equal = c.n_layer - one_row
+    for layer in [*range(equal if whole else min(layers, equal)), *[equal] * one_row]:
         block = {name.split(".")[2]: shape for name, shape in shapes.items() if name.startswith(f"blocks.{layer}.")}
         for name, shape in block.items():
             put(f"W.{name}", shape, 1, weights[f"blocks.{layer}.{name}"] if server else None)
-        for i, (kind, output, function, inputs) in enumerate(of_block(c, block, SECURE)):
-            step(kind, output, function, inputs, f"step {i} {block.keys()}", 1 if layer + 1 < layers else c.n_layer - layer)
+        times = 1 if whole or layer + 1 < layers or layer == equal else equal - layer
+        for i, (kind, output, function, inputs) in enumerate(of_block(c, block, SECURE, *[True] * (layer == equal))):
+            step(kind, output, function, inputs, f"step {i} {block.keys()} {layer == equal}", times)
         told(f"layer {layer + 1}/{c.n_layer}", costs)
 
-    if not every_row:  # the next token needs one row; which one is the client's secret
-        put("last", (1, T), 0, last)
+    if party.plain and not every_row:
         step("head", "x", lambda last, x: last @ x, ["last", "x"], "select")
     for name, shape in shapes.items():
         if not name.startswith("blocks.") and name not in ("wte", "wpe"):

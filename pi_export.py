@@ -4,24 +4,24 @@ What a private inference engine should see of a model: few float32 matrices, and
     python pi_export.py --ckpt=out/ckpt.pt --out=out/private
 
 writes out/private/server.npz, the weights, which only the server may hold, and out/private/public.json, which both
-parties hold: the configuration, the shape of every array and the tokenizer, nothing that was learned from data but it.
+parties hold: the configuration, the shape of every array and the tokenizer, nothing that was learned from data but it (and, by the shapes, which biases are zero and whether the FFN was folded).
 
 Under MPC a matrix product costs by its shape and every product of two secrets ends in a truncation, so whatever algebra
 can do in the clear is done here, once, in float64:
 
 - weight norm and spectral norm            -> the plain weight they stand for
 - LayerNorm's gain and bias                -> the next matrix: (n g + b) W = n (diag(g) W) + b W
-- 1 / sqrt(d_k), the unit of the logits, and a temperature per head -> W_Q   (the exponential below wants logits in twelves)
+- 1 / sqrt(d_k), the unit of the logits, and a temperature per head -> W_Q   (the exponential below wants logits in fives)
 - W_in W_out, where nothing is between     -> one d x d matrix, fused in training or not
-- alpha, beta and the residual (eq. 8)     -> X_out = X_SA W', W' = beta I + W_ffn / alpha   (no LayerNorm, no activation)
-- the output projection, in such a model   -> X_out = [X, Y] [[W'], [W_O W']]: nothing nonlinear stands between two
-  softmaxes but one matrix
+- the whole FFN, alpha and beta too (eq. 8), where there is no LayerNorm and no activation -> nothing at all: it is
+  X_SA W', W' = beta I + W_ffn / alpha, a change of basis, which the next block's matrices can be written in. A softmax-only
+  model is attention alone, X_out = X + MHA(X), with two secret matrices to a block
 
 The temperature per query position (eq. 9) does not fold: row i of Q is divided by t_i, which no matrix on the right of
 X does. Dividing Q, T x d numbers, is the cheapest exact place; the logits are H x T x T.
 
-program() is the model over those arrays, a list of small steps, each a pure function; forward() runs it in the clear,
-bench_spu.py under MPC. x is one sequence (T, d), a head axis is written (H, T, .). The nonlinear functions come twice:
+block_steps() is a block over those arrays, a list of small steps, each a pure function; forward() runs them in the clear,
+party.py under MPC. x is one sequence (T, d), a head axis is written (H, T, .). The nonlinear functions come twice:
 EXACT, and SECURE as an engine computes them cheaply, with the identity each rests on. Prices are bytes per element, both
 directions, of SPU's Cheetah at 18 fraction bits: truncation 3, choice by a secret bit 16, comparison 82, square 147, product
 of secrets 221.
@@ -69,8 +69,35 @@ def gain_and_shift(ln):
     return ln.weight.detach().double().numpy(), ln.bias.detach().double().numpy()
 
 
-def fold_block(block, c):
-    """One block's arrays: q, k, v, then "out" in a softmax-only model, else "o", "ffn" or "in" and "up", each W with its b."""
+def ffn_matrix(block, c):
+    """(W, b) of (1/alpha) FFN(n) = n W + b, one d x d matrix whether it was trained fused or not; n: what follows a bare LayerNorm, if there is one."""
+    alpha = block.alpha.item() if c.learnable_ffn_scale else 1.0
+    W, b = matrix(block.ffn.w_ffn if c.fuse_ffn else block.ffn.w_in)
+    if not c.fuse_ffn:
+        W_out, b_out = matrix(block.ffn.w_out)
+        W, b = W @ W_out, b @ W_out + b_out
+    return after_norm(block.ln_2, W / alpha, b / alpha)
+
+
+def bases(blocks, c):
+    """
+    R_l (d, d), L + 1 of them: in a softmax-only model the residual stream before block l is written x = u R_l, and with
+    R_l+1 = R_l W', W' = beta I + W_ffn / alpha, the FFN u R_l -> u R_l W' leaves u as it is. R_L/2 = I, so that neither end is far
+    from it. None if some R_l or its inverse stretches a thousandfold, as rounding would show: the FFN is then run.
+    """
+    products = [np.eye(c.n_embd)]
+    for block in blocks:
+        products.append(products[-1] @ ((block.beta.item() if c.learnable_ffn_scale else 1.0) * np.eye(c.n_embd) + ffn_matrix(block, c)[0]))
+    try:
+        R = [np.linalg.solve(products[len(blocks) // 2], product) for product in products]
+        far = max(np.linalg.norm(r, 2) for pair in zip(R, map(np.linalg.inv, R)) for r in pair)
+        return R if far < 1e3 else None
+    except np.linalg.LinAlgError:
+        return None
+
+
+def fold_block(block, c, R=None, R_next=None):
+    """One block's arrays: "qkv" and "o", each W with its b, all there is of a softmax-only block in bases R, R_next; else also "ffn" or "in" and "up"."""
     d = c.n_embd
     W, b = matrix(block.attn.qk)
     Wv, bv = matrix(block.attn.v)
@@ -78,27 +105,23 @@ def fold_block(block, c):
     inverse_t = 1 / block.attn.temperature.detach().double().numpy() if c.learnable_temperature else None  # (H, T) or (H, 1)
     if c.learnable_temperature and c.temperature_per_head:
         scale[:d] *= np.repeat(inverse_t, d // c.n_head)
-    arrays = {"qkv": after_norm(block.ln_1, np.hstack((W * scale, Wv)), np.hstack((b * scale, bv)))}
+    W, b = after_norm(block.ln_1, np.hstack((W * scale, Wv)), np.hstack((b * scale, bv)))
+    o, bo = matrix(block.attn.o)
+    arrays = {"qkv": (W, b), "o": (o, bo)}
     if c.learnable_temperature and not c.temperature_per_head:
         arrays["inverse_t"] = (inverse_t[:, :, None],)
-    o, bo = matrix(block.attn.o)
-    alpha, beta = (block.alpha.item(), block.beta.item()) if c.learnable_ffn_scale else (1.0, 1.0)
+    if R is not None:  # x W = u (R W); x + y o + bo, then b after W', is u + (y o + bo) / R + b / R_next
+        inverse = np.linalg.inv(R)
+        arrays |= {"qkv": (R @ W, b), "o": (o @ inverse, bo @ inverse + ffn_matrix(block, c)[1] @ np.linalg.inv(R_next))}
+        return named(arrays)
     if c.use_gelu or c.use_relu:
+        alpha = block.alpha.item() if c.learnable_ffn_scale else 1.0
         W_out, b_out = matrix(block.ffn.w_out)
-        arrays |= {"o": (o, bo), "in": after_norm(block.ln_2, *matrix(block.ffn.w_in)), "up": (W_out / alpha, b_out / alpha)}
+        arrays |= {"in": after_norm(block.ln_2, *matrix(block.ffn.w_in)), "up": (W_out / alpha, b_out / alpha)}
     else:
-        W, b = matrix(block.ffn.w_ffn if c.fuse_ffn else block.ffn.w_in)
-        if not c.fuse_ffn:
-            W_out, b_out = matrix(block.ffn.w_out)
-            W, b = W @ W_out, b @ W_out + b_out
-        W, b = after_norm(block.ln_2, W / alpha, b / alpha)
-        if c.use_layernorm:
-            arrays |= {"o": (o, bo), "ffn": (W, b)}
-        else:
-            W = beta * np.eye(d) + W
-            arrays["out"] = (np.vstack((W, o @ W)), bo @ W + b)
-    if "out" not in arrays and c.learnable_ffn_scale:
-        arrays["beta"] = (np.array(beta),)
+        arrays["ffn"] = ffn_matrix(block, c)
+    if c.learnable_ffn_scale:
+        arrays["beta"] = (np.array(block.beta.item()),)
     return named(arrays)
 
 
@@ -112,10 +135,14 @@ def export(model, dtype=np.float32):
     A trained GPT as a tree of arrays: {"wte" (V, d), "wpe" (T, d), "head" (d, V), "head_b" (V,), "blocks": [L dicts]}.
     Biases that are zero throughout (models without LayerNorm and biases have them on Q and K alone) are left out.
     """
-    wte = model.wte.weight.detach().double().numpy()
+    c, wte, wpe = model.config, *(e.weight.detach().double().numpy() for e in (model.wte, model.wpe))
     head, head_b = after_norm(model.ln_f, wte.T, np.zeros(len(wte)))
-    tree = {"wte": wte, "wpe": model.wpe.weight.detach().double().numpy(), "head": head, "head_b": head_b,
-            "blocks": [fold_block(block, model.config) for block in model.blocks]}
+    R = None if c.use_layernorm or c.use_gelu or c.use_relu else bases(model.blocks, c)
+    if R:
+        first = np.linalg.inv(R[0])
+        wte, wpe, head = wte @ first, wpe @ first, R[-1] @ head
+    tree = {"wte": wte, "wpe": wpe, "head": head, "head_b": head_b,
+            "blocks": [fold_block(block, c, *(R[i:i + 2] if R else ())) for i, block in enumerate(model.blocks)]}
     return jax.tree.map(lambda a: a.astype(dtype), {**drop_zero_biases(tree), "blocks": [drop_zero_biases(b) for b in tree["blocks"]]})
 
 
@@ -124,10 +151,10 @@ def drop_zero_biases(arrays):
 
 
 # ------------------------------------------------------------------------------------------------ nonlinear functions, exact
-def normalise(x, square=lambda x: x * x):
+def normalise(x):
     """LayerNorm without gain and bias, rows of (T, d)."""
     x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(square(x).mean(-1, keepdims=True) + 1e-5)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
 
 def exponentials(s):
@@ -136,10 +163,41 @@ def exponentials(s):
     return jnp.exp(s - s.max(-1, keepdims=True))
 
 
+def row_exponentials(s, seen):
+    """exponentials() of one row s (H, 1, T), over the entries where seen (1, T) is 1."""
+    s = jnp.where(seen > 0.5, LOGIT_UNIT * s, -jnp.inf)
+    return jnp.exp(s - s.max(-1, keepdims=True))
+
+
 # ------------------------------------------------------------------------------------------------ and as MPC affords them
 def square(w):
-    """w^2 for 147 bytes instead of a product's 221: with one iteration SPU's exp(x) is (1 + x/2)^2, and only exp lowers to the cheap square."""
+    """
+    w^2 for 147 bytes instead of a product's 221: with one iteration SPU's exp(x) is (1 + x/2)^2, and only exp lowers to the cheap
+    square. That comes in blocks of 2 x 8192, 2.4 MB each even if only begun: a short rest is multiplied, for 253 bytes apiece.
+    """
+    flat = w.ravel()
+    whole = len(flat) - len(flat) % 16384 if len(flat) % 16384 < 4096 else len(flat)
+    return jnp.concatenate([engine_square(flat[:whole])] * (whole > 0) + [flat[whole:] * flat[whole:]] * (whole < len(flat))).reshape(w.shape)
+
+
+def engine_square(w):
     return jnp.exp(2 * (w - 1))
+
+
+def only(diagonal, x):
+    """x where the public `diagonal` is set, 0 elsewhere: free."""
+    return jnp.where(diagonal, x, 0.0)
+
+
+def secure_normalise(x):
+    """
+    normalise() by two matrix products: the variances are the diagonal of x x^T / d, and rows are scaled by diag(r) x. 14 MB for
+    128 x 768, where a square and a product for every entry take 36; slower, as the engine's time goes into matrix products.
+    """
+    x, diagonal = x - x.mean(-1, keepdims=True), np.eye(len(x), dtype=bool)
+    y = x * (1 / math.sqrt(x.shape[-1]))  # before the product, which would overflow
+    r = jax.lax.rsqrt(only(diagonal, y @ y.T).sum(-1) + 1e-5)
+    return only(diagonal, r[:, None]) @ x
 
 
 def causal_row_max(s):
@@ -155,26 +213,26 @@ def causal_row_max(s):
     return s
 
 
-LOGIT_UNIT = 12.0  # the fit below holds on [-24, 0], which is [-2, 0] in this unit
-FIT_Q = (0.61885925, -0.86263901, -0.51951347, 0.22931862, 0.44800865, 0.43307482, 0.28954129, 1.0338006)
-FIT_E = (0.06264968, -0.10495227, -0.094475915, -0.046323682, -0.031739823, -0.068414771)
+LOGIT_UNIT = 5.0  # the fit below holds on [-10, 0], which is [-2, 0] in this unit
+FIT_Q = (1.12407794, -0.0802553, -0.03571606, -2.87437885)  # results/fit.py makes these
+FIT_E = (0.03488002, 0.25602778, 0.01320943, 0.02924629, -0.28190972)
 
 
 def secure_exp(u):
     """
-    exp(12 (u - 1)) on [-1, 1] by four squares of linear combinations, least-squares fit, within 1e-3; each combination costs
-    one truncation. SPU's own exp takes eight squares and is ten times less exact.
+    exp(5 (u - 1)) on [-1, 1] by three squares of linear combinations, least-squares fit, within 4e-3, and 0 at -1; each combination
+    costs one truncation. SPU's own exp takes eight squares, and is three times as exact. The errors of a row's entries add up: the
+    worst row, 127 of its logits at 9.4 below the other, sums to 8% too little; longer rows to more.
     """
     q, e = FIT_Q, FIT_E
     z1 = square(u)
     z2 = square(z1 + q[0] * u)
     z3 = square(z2 + q[1] * z1 + q[2] * u + q[3])
-    z4 = square(z3 + q[4] * z2 + q[5] * z1 + q[6] * u + q[7])
-    return e[0] * z4 + e[1] * z3 + e[2] * z2 + e[3] * z1 + e[4] * u + e[5]
+    return e[0] * z3 + e[1] * z2 + e[2] * z1 + e[3] * u + e[4]
 
 
 def secure_exponentials(s):
-    """exponentials() on the causal half alone: T(T+1)/2 entries are packed, exp'ed and put back among zeros. Logits more than 24 below their row's largest count as 24 below."""
+    """exponentials() on the causal half alone: T(T+1)/2 entries are packed, exp'ed and put back among zeros. Logits more than 10 below their row's largest count as 0."""
     H, T, _ = s.shape
     i, j = np.tril_indices(T)
     e = secure_exp(jnp.maximum((s - causal_row_max(s))[:, i, j], -2.0) + 1)
@@ -183,17 +241,42 @@ def secure_exponentials(s):
     return jnp.concatenate((e, jnp.zeros((H, 1))), 1)[:, place.ravel()].reshape(H, T, T)
 
 
+def secure_row_exponentials(s, seen):
+    """row_exponentials(): entries not seen are lowered beyond the clip before the maximum, and zeroed after."""
+    s = s + 1024 * (seen - 1)
+    return secure_exp(jnp.maximum(s - s.max(-1, keepdims=True), -2.0) + 1) * seen
+
+
+def secure_reciprocal(s, most):
+    """
+    1 / s for s in [1, most] by three steps (four beyond 256) of Newton's r (2 - s r) from a line, one of three by where s lies: 1.9 KB a number, SPU's
+    own division takes 4.5. The best line on [a, b] is off by (b - a)^2 / ((b + a)^2 + 4 a b), and a step squares that.
+    """
+    edge = 0.97 * (1.05 * most) ** (np.arange(4) / 3)
+    slope = 8 / ((edge[:-1] + edge[1:]) ** 2 + 4 * edge[:-1] * edge[1:])
+    level = slope * (edge[:-1] + edge[1:])
+    below = s < edge[1:3].reshape(2, *[1] * s.ndim)
+    change = jnp.stack([(level[i] - level[i + 1]) - (slope[i] - slope[i + 1]) * s for i in (0, 1)])
+    r = level[2] - slope[2] * s + jnp.where(below, change, 0.0).sum(0)
+    for _ in range(3 + (most > 256)):
+        r = r * (2 - s * r)
+    return r
+
+
+GELU_NEAR, GELU_FAR = (1.05, 0.28928367, -0.44328211, -0.00384552), (3.1, -0.03431862, 0.21923838, -0.34974401)  # each: up to t, t^2, t, 1
+
+
 def secure_gelu(x):
     """
-    GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.3, so one quartic in |x| serves both sides, within 3e-3.
-    Two comparisons (the sign also makes |x|), two squares: a quartic is c4 (t^2 + a t)^2 + a quadratic, a = c3 / (2 c4).
+    GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.1, so two parabolas in |x| serve both sides, within 4e-3.
+    One square and three comparisons (the sign also makes |x|): 441 bytes; a quartic, twice as exact, takes 490, with a second square
+    in place of the third comparison.
     """
-    c0, c1, c2, c3, c4 = 0.0003172316654, -0.5316293706, 0.5334585992, -0.1804833714, 0.0204998243
-    positive = x > 0
-    relu = jnp.where(positive, x, 0.0)
-    t, a = 2 * relu - x, c3 / (2 * c4)  # |x| = 2 relu(x) - x
-    t2 = square(t)
-    return relu + jnp.where(t < 3.3, c4 * square(t2 + a * t) + (c2 - c4 * a * a) * t2 + c1 * t + c0, 0.0)
+    relu = jnp.where(x > 0, x, 0.0)
+    t = 2 * relu - x  # |x|
+    t2, (b, *near), (c, *far) = square(t), GELU_NEAR, GELU_FAR
+    change = jnp.stack([k[0] * t2 + k[1] * t + k[2] for k in (np.subtract(near, far), far)])  # where t < c far, where t < b the rest to near
+    return relu + jnp.where(t < np.array([b, c]).reshape(2, *[1] * x.ndim), change, 0.0).sum(0)
 
 
 def secure_argmax(x):
@@ -205,17 +288,13 @@ def secure_argmax(x):
     return index[:, 0]
 
 
-EXACT = dict(normalise=normalise, exponentials=exponentials, gelu=partial(jax.nn.gelu, approximate=False), gelu_tanh=jax.nn.gelu, relu=jax.nn.relu)
-SECURE = dict(normalise=lambda x: normalise(x, square), exponentials=secure_exponentials, gelu=secure_gelu, gelu_tanh=secure_gelu, relu=jax.nn.relu)
+EXACT = dict(normalise=normalise, exponentials=exponentials, row_exponentials=row_exponentials, reciprocal=lambda s, most: 1 / s,
+             gelu=partial(jax.nn.gelu, approximate=False), gelu_tanh=jax.nn.gelu, relu=jax.nn.relu)
+SECURE = dict(normalise=secure_normalise, exponentials=secure_exponentials, row_exponentials=secure_row_exponentials, reciprocal=secure_reciprocal,
+              gelu=secure_gelu, gelu_tanh=secure_gelu, relu=jax.nn.relu)
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass
-def heads(qkv, n_head):
-    """(T, 3d) -> q, k, v, each (H, T, d_k)."""
-    T, d3 = qkv.shape
-    return qkv.reshape(T, 3, n_head, d3 // 3 // n_head).transpose(1, 2, 0, 3)
-
-
 def matmul(x, W, *b):
     return x @ W + b[0] if b else x @ W
 
@@ -225,36 +304,52 @@ def weights_in(arrays):
     return lambda name: [f"W.{name}"] + [f"W.{name}_b"] * (name + "_b" in arrays)
 
 
-def block_steps(c, block, f):
+def block_steps(c, block, f, last=False):
     """
     One block as steps (kind, output, function, inputs): outputs and inputs are names of values, a name that starts with "W."
     being one of the block's arrays. Splitting costs nothing under MPC, and shows what each kind of operation costs.
+
+    last: the last block, of which a next token needs one row, though the keys and values of all. "last" (1, T) is 1 at that
+    row, "seen" (1, T) up to it; which one it is stays the client's secret. 30 MB for a softmax-only GPT-2 small in place of 139.
     """
-    W = weights_in(block)
+    W, d = weights_in(block), c.n_embd
 
     def norm(x):
         return [("LayerNorm", "n", f["normalise"], [x])] if c.use_layernorm else []
 
-    H, n = c.n_head, "n" if c.use_layernorm else "x"
-    steps = norm("x") + [("matmul", "qkv", matmul, [n] + W("qkv"))]
+    def split(a):  # (T, m d) -> (m, H, T, d_k)
+        return a.reshape(len(a), -1, c.n_head, d // c.n_head).transpose(1, 2, 0, 3)
+
+    def logits(q, kv):
+        return split(q)[0] @ split(kv)[-2].transpose(0, 2, 1)
+
+    n, q, kv = "n" if c.use_layernorm else "x", "q" if last else "qkv", "kv" if last else "qkv"
+    steps = norm("x")
+    if last:
+        steps += [("matmul", "kv", lambda n, *w: matmul(n, *(a[..., d:] for a in w)), [n] + W("qkv"))]
+        steps += [("matmul", name, lambda last, x: last @ x, ["last", name]) for name in dict.fromkeys((n, "x"))]
+        steps += [("matmul", "q", lambda n, *w: matmul(n, *(a[..., :d] for a in w)), [n] + W("qkv"))]
+    else:
+        steps += [("matmul", "qkv", matmul, [n] + W("qkv"))]
     if "inverse_t" in block:
-        steps += [("temperature", "qkv", lambda qkv, t: jnp.hstack((unheads(heads(qkv, H)[0] * t), qkv[:, qkv.shape[1] // 3:])), ["qkv", "W.inverse_t"])]
-    steps += [("matmul", "s", lambda qkv: heads(qkv, H)[0] @ heads(qkv, H)[1].transpose(0, 2, 1), ["qkv"]),
-              ("softmax", "e", f["exponentials"], ["s"]),
-              ("matmul", "y", lambda e, qkv: e @ heads(qkv, H)[2], ["e", "qkv"]),  # normalised after: T x d quotients, not H x T x T
-              ("softmax", "y", lambda y, e: unheads(y * (1 / e.sum(-1, keepdims=True))), ["y", "e"])]
-    if "out" in block:
-        return steps + [("matmul", "x", lambda x, y, *w: matmul(jnp.hstack((x, y)), *w), ["x", "y"] + W("out"))]
-    steps += [("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))] + norm("x")
-    last = W("ffn")
+        steps += [("temperature", q, lambda q, t, *last: jnp.hstack((unheads(split(q)[0] * (last[0] @ t if last else t)), q[:, d:])),
+                   [q, "W.inverse_t"] + ["last"] * last)]
+    steps += [("matmul", "s", logits, [q, kv]) if last else ("matmul", "s", lambda qkv: logits(qkv, qkv), [kv]),
+              ("softmax", "e", f["row_exponentials"], ["s", "seen"]) if last else ("softmax", "e", f["exponentials"], ["s"]),
+              ("matmul", "y", lambda e, kv: e @ split(kv)[-1], ["e", kv]),  # normalised after: T x d quotients, not H x T x T
+              ("softmax", "y", lambda y, e: unheads(y * f["reciprocal"](e.sum(-1, keepdims=True), c.block_size)), ["y", "e"])]
+    steps += [("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))]
+    if "ffn" not in block and "in" not in block:
+        return steps
+    steps, after = steps + norm("x"), W("ffn")
     if "in" in block:
         kind = "gelu" if c.use_gelu else "relu"
         steps += [("matmul", "h", matmul, [n] + W("in")),
                   ({"gelu": "GELU", "relu": "ReLU"}[kind], "h", f["gelu_tanh" if c.use_gelu and c.gelu_tanh else kind], ["h"])]
-        n, last = "h", W("up")
+        n, after = "h", W("up")
     if "beta" in block:
-        return steps + [("matmul", "x", lambda x, n, beta, *w: beta * x + matmul(n, *w), ["x", n, "W.beta"] + last)]
-    return steps + [("matmul", "x", lambda x, n, *w: x + matmul(n, *w), ["x", n] + last)]
+        return steps + [("matmul", "x", lambda x, n, beta, *w: beta * x + matmul(n, *w), ["x", n, "W.beta"] + after)]
+    return steps + [("matmul", "x", lambda x, n, *w: x + matmul(n, *w), ["x", n] + after)]
 
 
 def unheads(y):
@@ -275,75 +370,21 @@ def run(steps, arrays, values):
     return values
 
 
-def forward(tree, c, one_hot, f=EXACT, steps=(block_steps, head_steps)):
+def forward(tree, c, one_hot, f=EXACT, steps=(block_steps, head_steps), row=None):
     """
-    Logits (T, V) of one sequence. one_hot: (T, V), row i the token at position i; c: the GPTConfig; f: EXACT or SECURE,
-    whose square() means what it says only where exp(x) is (1 + x/2)^2; steps: those that `tree` was exported for.
+    Logits (T, V) of one sequence, or (1, V) of position `row`. one_hot: (T, V), row i the token at position i; c: the GPTConfig;
+    f: EXACT or SECURE, whose square() means what it says only where exp(x) is (1 + x/2)^2; steps: those that `tree` was exported for;
+    row: with block_steps alone.
     """
-    values = {"x": one_hot @ tree["wte"] + tree["wpe"][:len(one_hot)]}
-    for block in tree["blocks"]:
-        block = {k: v[:, :len(one_hot)] if k == "inverse_t" else v for k, v in block.items()}
-        run(steps[0](c, block, f), block, values)
+    T = len(one_hot)
+    values = {"x": one_hot @ tree["wte"] + tree["wpe"][:T]}
+    if row is not None:
+        values |= {"last": np.eye(T, dtype=np.float32)[row:row + 1], "seen": np.tri(T, dtype=np.float32)[row:row + 1]}
+    for i, block in enumerate(tree["blocks"]):
+        block = {k: v[:, :T] if k == "inverse_t" else v for k, v in block.items()}
+        last = {"last": True} if row is not None and i == c.n_layer - 1 else {}
+        run(steps[0](c, block, f, **last), block, values)
     return run(steps[1](c, tree, f), tree, values)["logits"]
-
-
-# ------------------------------------------------------------------------------------------------ as one would write it first
-def plain_export(model, dtype=np.float32):
-    """The same model with nothing folded: every matrix as it was trained (norms resolved), what export() is measured against."""
-    c = model.config
-
-    def block(block):
-        arrays = {name: matrix(getattr(block.attn, name)) for name in ("qk", "v", "o")}
-        arrays |= {name: matrix(getattr(block.ffn, name)) for name in (["w_ffn"] if c.fuse_ffn else ["w_in", "w_out"])}
-        if c.use_layernorm:
-            arrays |= {name: gain_and_shift(getattr(block, name)) for name in ("ln_1", "ln_2")}
-        if c.learnable_temperature:
-            arrays["inverse_t"] = (1 / block.attn.temperature.detach().numpy()[:, :, None],)
-        if c.learnable_ffn_scale:
-            arrays |= {"inverse_alpha": (np.array(1 / block.alpha.item()),), "beta": (np.array(block.beta.item()),)}
-        return named(arrays)
-
-    top = {"ln_f": gain_and_shift(model.ln_f)} if c.use_layernorm else {}
-    wte = model.wte.weight.detach().numpy()
-    tree = {"wte": wte, "wpe": model.wpe.weight.detach().numpy(), "head": wte.T, **named(top), "blocks": [drop_zero_biases(block(b)) for b in model.blocks]}
-    return jax.tree.map(lambda a: np.asarray(a, dtype), tree)
-
-
-def layer_norm(x, gain, *shift):
-    return normalise(x) * gain + sum(shift)
-
-
-def plain_block_steps(c, block, f=None):
-    """block_steps() over plain_export()'s arrays, with jax.nn's functions and the formulas of the paper as they stand."""
-    W, H, n = weights_in(block), c.n_head, "n" if c.use_layernorm else "x"
-
-    def norm(name):
-        return [("LayerNorm", "n", layer_norm, ["x"] + W(name))] * c.use_layernorm
-
-    def logits(qk, *inverse_t):
-        q, k = qk.reshape(len(qk), 2, H, -1).transpose(1, 2, 0, 3)
-        return (q * inverse_t[0] if inverse_t else q) @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1])
-
-    def softmax(s):  # SPU's exp makes garbage of -inf, so that masked entries go after it
-        return jax.nn.softmax(s, where=np.tri(s.shape[-1], dtype=bool))
-
-    steps = norm("ln_1") + [("matmul", "qk", matmul, [n] + W("qk")), ("matmul", "v", matmul, [n] + W("v")),
-                            ("matmul", "s", logits, ["qk"] + ["W.inverse_t"] * c.learnable_temperature), ("softmax", "a", softmax, ["s"]),
-                            ("matmul", "y", lambda a, v: unheads(a @ v.reshape(len(v), H, -1).transpose(1, 0, 2)), ["a", "v"]),
-                            ("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))] + norm("ln_2")
-    if c.fuse_ffn:
-        steps += [("matmul", "h", matmul, [n] + W("w_ffn"))]
-    else:
-        act = [("GELU", "h", partial(jax.nn.gelu, approximate=c.gelu_tanh), ["h"])] * c.use_gelu + [("ReLU", "h", jax.nn.relu, ["h"])] * c.use_relu
-        steps += [("matmul", "h", matmul, [n] + W("w_in")), *act, ("matmul", "h", matmul, ["h"] + W("w_out"))]
-    if c.learnable_ffn_scale:
-        return steps + [("matmul", "x", lambda x, h, a, b: b * x + a * h, ["x", "h", "W.inverse_alpha", "W.beta"])]
-    return steps + [("matmul", "x", lambda x, h: x + h, ["x", "h"])]
-
-
-def plain_head_steps(c, tree, f=None):
-    n, W = "n" if c.use_layernorm else "x", weights_in(tree)
-    return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.use_layernorm + [("head", "logits", matmul, [n] + W("head"))]
 
 
 # ------------------------------------------------------------------------------------------------ files

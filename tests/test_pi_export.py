@@ -12,6 +12,7 @@ jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 import pi_export  # noqa: E402
 from pi_export import export, forward, load_weights  # noqa: E402
+from plain import plain_block_steps, plain_export, plain_head_steps  # noqa: E402
 
 
 def one_hot(idx, dtype=np.float64):
@@ -34,21 +35,47 @@ def test_foldings_are_exact(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_the_last_block_by_one_row(name):
+    """The row that a next token needs, from a last block that computes no other: that row of the whole."""
+    model, idx = build(**VARIANTS[name]), tokens(B=1, T=SMALL["block_size"])
+    with jax.experimental.enable_x64():
+        tree, hot = export(model, np.float64), one_hot(idx[0])
+        whole = np.asarray(forward(tree, model.config, hot))
+        for row in (0, 5, len(hot) - 1):
+            one = np.asarray(forward(tree, model.config, hot, row=row))
+            assert one.shape == (1, SMALL["vocab_size"]) and np.abs(one[0] - whole[row]).max() < 1e-11 * max(1, np.abs(whole).max())
+
+
+@pytest.mark.parametrize("name", ["SM", "SM+ScFuFFN"])
+def test_a_singular_ffn_is_run(name):
+    """beta I + W_ffn / alpha = 0 in some direction has no inverse, so no basis to hide it in: the FFN stays, and stays exact."""
+    model, idx = build(**ARCHITECTURES[name], bias=True), tokens(B=1, T=7)
+    with torch.no_grad():
+        ffn = model.blocks[1].ffn
+        (ffn.w_ffn if name == "SM+ScFuFFN" else ffn.w_out).weight[:] = -(model.blocks[1].alpha * model.blocks[1].beta if name == "SM+ScFuFFN" else 1) * (
+            torch.eye(8) if name == "SM+ScFuFFN" else torch.linalg.pinv(ffn.w_in.weight))
+    with jax.experimental.enable_x64():
+        tree = export(model, np.float64)
+        logits = np.asarray(forward(tree, model.config, one_hot(idx[0])))
+    assert "ffn" in tree["blocks"][0] and np.abs(logits - model(idx)[0][0].detach().numpy()).max() < 1e-10
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_unfolded_form_is_the_same_model(name):
     """plain_export and its steps, against which the foldings are measured, are no straw man: they give the same logits."""
     model, idx = build(**VARIANTS[name]), tokens(B=1, T=7)
     with jax.experimental.enable_x64():
-        logits = np.asarray(forward(pi_export.plain_export(model, np.float64), model.config, one_hot(idx[0]), None,
-                                    (pi_export.plain_block_steps, pi_export.plain_head_steps)))
+        logits = np.asarray(forward(plain_export(model, np.float64), model.config, one_hot(idx[0]), None,
+                                    (plain_block_steps, plain_head_steps)))
     wanted = model(idx)[0][0].detach().numpy()
     assert np.abs(logits - wanted).max() < 1e-11 * max(1, np.abs(wanted).max())
 
 
-def test_a_softmax_only_block_is_two_matrices():
-    """Q, K, V in one and all the rest in the other: no projection, no FFN, no scale, no norm is left to multiply."""
+def test_a_softmax_only_block_is_attention_alone():
+    """Q, K, V in one matrix and the projection in the other: no FFN, no scale, no norm is left to multiply."""
     for name in ("SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN", "SM(th)+ScFuFFN"):
         block = export(build(**ARCHITECTURES[name]))["blocks"][0]
-        assert {k: v.shape for k, v in block.items()} == {"qkv": (8, 24), "qkv_b": (24,), "out": (16, 8)}, name
+        assert {k: v.shape for k, v in block.items()} == {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8)}, name
     assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks"][0]["inverse_t"].shape == (2, 16, 1)
     assert {k: v.shape for k, v in export(build(**ARCHITECTURES["SM+LN"]))["blocks"][0].items()} == \
         {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8), "ffn": (8, 8), "ffn_b": (8,)}
@@ -87,19 +114,32 @@ def test_what_goes_wrong_is_said(tmp_path):
 # ------------------------------------------------------------------------------------------------ the functions MPC affords
 @pytest.fixture
 def in_the_clear(monkeypatch):
-    """square() as it is under the engine, where exp(x) is (1 + x/2)^2."""
-    monkeypatch.setattr(pi_export, "square", lambda w: w * w)
+    """engine_square() as it is under the engine, where exp(x) is (1 + x/2)^2."""
+    monkeypatch.setattr(pi_export, "engine_square", lambda w: w * w)
 
 
 def test_the_exponential_fit(in_the_clear):
-    z = np.linspace(-24, 0, 100_001)
-    assert np.abs(pi_export.secure_exp(z / pi_export.LOGIT_UNIT + 1) - np.exp(z)).max() < 1e-3
+    z = np.linspace(-10, 0, 100_001)
+    e = pi_export.secure_exp(z / pi_export.LOGIT_UNIT + 1)
+    assert np.abs(e - np.exp(z)).max() < 4e-3 and abs(e[0]) < 5e-5  # at the clip, where most of a sharp row may lie
+
+
+@pytest.mark.parametrize("most", [2, 16, 128, 512])
+def test_reciprocal_by_newton(most):
+    s = np.geomspace(0.98, 1.01 * most, 9_999).reshape(3, -1, 1)
+    assert np.abs(np.asarray(pi_export.secure_reciprocal(s, most)) * s - 1).max() < {2: 1e-6, 16: 1e-6, 128: 1e-4, 512: 1e-5}[most]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_layernorm_by_matrix_products(rows):
+    x = (np.random.default_rng(0).standard_normal((rows, 32)) * 9 + 3).astype(np.float32)
+    assert np.abs(np.asarray(pi_export.secure_normalise(x)) - np.asarray(pi_export.normalise(x))).max() < 1e-5
 
 
 def test_the_gelu_fit(in_the_clear):
     x = np.linspace(-20, 20, 100_001, dtype=np.float32)
     for exact in (pi_export.EXACT["gelu"], pi_export.EXACT["gelu_tanh"]):
-        assert np.abs(np.asarray(pi_export.secure_gelu(x) - exact(x))).max() < 3e-3
+        assert np.abs(np.asarray(pi_export.secure_gelu(x) - exact(x))).max() < 4e-3
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 16, 33])
@@ -109,7 +149,16 @@ def test_causal_softmax_by_packing(in_the_clear, T, scale):
     seen = np.where(np.tri(T, dtype=bool), s, -np.inf)
     assert np.array_equal(np.asarray(pi_export.causal_row_max(s))[..., 0], seen.max(-1))
     e, exact = np.asarray(pi_export.secure_exponentials(s)), np.asarray(pi_export.exponentials(s))
-    assert np.abs(e - exact).max() < 1e-3 and not e[:, ~np.tri(T, dtype=bool)].any()
+    assert np.abs(e - exact).max() < 4e-3 and not e[:, ~np.tri(T, dtype=bool)].any()
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 30.0])
+def test_softmax_of_one_row(in_the_clear, scale):
+    s = (scale * np.random.default_rng(0).standard_normal((3, 1, 16)) / pi_export.LOGIT_UNIT).astype(np.float32)
+    for row in (0, 7, 15):
+        seen = np.tri(16, dtype=np.float32)[row:row + 1]
+        e, exact = np.asarray(pi_export.secure_row_exponentials(s, seen)), np.asarray(pi_export.row_exponentials(s, seen))
+        assert np.abs(e - exact).max() < 4e-3 and not e[..., row + 1:].any() and not exact[..., row + 1:].any() and exact.max() == 1
 
 
 @pytest.mark.parametrize("V", [1, 2, 3, 8, 101])
@@ -124,4 +173,6 @@ def test_argmax_by_a_tree(V):
 def test_the_secure_forward_pass_is_near_the_exact_one(in_the_clear, name):
     model, idx = GPT(GPTConfig(**SMALL, **ARCHITECTURES[name])).eval(), tokens(B=1)
     exact = model(idx)[0][0].detach().numpy()
-    assert np.abs(np.asarray(forward(export(model), model.config, one_hot(idx[0], np.float32), pi_export.SECURE)) - exact).max() < 1e-2
+    for row in (None, 9):
+        secure = np.asarray(forward(export(model), model.config, one_hot(idx[0], np.float32), pi_export.SECURE, row=row))
+        assert np.abs(secure - (exact if row is None else exact[row])).max() < 1e-2
