@@ -40,6 +40,7 @@ extra = ""              # further flags of every train.py run; to be kept apart 
 GPU = dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, eval_windows=512, eval_interval=500, log_interval=50)
 SEEDS, TUNING_SEED = (1337, 1338, 1339), 1
 EREG, T, SC = "ereg_sm_t_scfuffn", "sm_t_scfuffn", "sm_scfuffn"
+FAST = {"learning_rate": 4e-3, "temperature_init": 0.1}  # what the tuning seed chose
 
 
 def row(label, config, published="", seeds=SEEDS[:1], **flags):
@@ -61,11 +62,14 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
     "tuning": ("The learning rate and EReg's own settings, on a seed that no other table reports", "PPL", [
         *(row(f"{name}, lr {lr:g}", config, "", [TUNING_SEED], learning_rate=lr) for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+LN+G", "sm_ln_g"))
           for lr in (1e-3, 2e-3, 4e-3)),
-        *(row(f"EReg, lr 0.004, {k} {v:g}", EREG, "", [TUNING_SEED], learning_rate=4e-3, **{k: v})
-          for k, v in (("temperature_init", 0.1), ("lambda_entropy", 0.5), ("lambda_entropy", 1.5)))]),
+        row("SM+ScFuFFN, lr 0.008", SC, "", [TUNING_SEED], learning_rate=8e-3), row("SM+LN+G, lr 0.0005", "sm_ln_g", "", [TUNING_SEED], learning_rate=5e-4),
+        row("SM+LN+G, lr 0.002, warmup of 200 steps", "sm_ln_g", "", [TUNING_SEED], learning_rate=2e-3, warmup=0.2),
+        row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", [TUNING_SEED], **FAST),
+        *(row(f"EReg, lr 0.004, t from 0.1, lambda {x:g}", EREG, "", [TUNING_SEED], **FAST, **({} if x == 0.164 else {"lambda_entropy": x}))
+          for x in (0.164, 0.05, 0.5))]),
     "tuned": ("At the settings which the tuning seed chose, for each its own", "PPL", [
-        row("SM+ScFuFFN, lr 0.004", SC, "3.48", SEEDS, learning_rate=4e-3), row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", SEEDS, learning_rate=4e-3, temperature_init=0.1),
-        row("EReg(SM(t)+ScFuFFN), lr 0.004, t from 0.1", EREG, "3.21", SEEDS, learning_rate=4e-3, temperature_init=0.1),
+        row("SM+ScFuFFN, lr 0.004", SC, "3.48", SEEDS, learning_rate=4e-3), row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", SEEDS, **FAST),
+        row("EReg(SM(t)+ScFuFFN), lr 0.004, t from 0.1", EREG, "3.21", SEEDS, **FAST),
         row("SM+LN+G, lr 0.001", "sm_ln_g", "2.69", SEEDS)]),
     "gamma": ("Tolerance margin (Figures 6 and 7)", "heads in the top quarter", [
         row(f"EReg, gamma {g:g}", EREG, f"{p}%", **({} if g == 0.2 else {"gamma": g}))
@@ -74,6 +78,11 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
         row("neither: SM+ScFuFFN", SC, "3.48"), row("temperature alone: SM(t)+ScFuFFN", T), row("temperature alone, from 0.1", T, temperature_init=0.1),
         row("regularizer alone: EReg(SM+ScFuFFN)", SC, entropy_reg=True), row("both: EReg(SM(t)+ScFuFFN)", EREG, "3.21"),
         row("per head alone: SM(th)+ScFuFFN", "sm_th_scfuffn"), row("per head, with the regularizer: EReg(SM(th)+ScFuFFN)", EREG, temperature_per_head=True)]),
+    "ablation_tuned": ("The same at the tuned settings, learning rate 0.004 and temperatures from 0.1", "PPL", [
+        row("neither: SM+ScFuFFN", SC, "3.48", learning_rate=4e-3), row("temperature alone: SM(t)+ScFuFFN", T, **FAST),
+        row("regularizer alone: EReg(SM+ScFuFFN)", SC, learning_rate=4e-3, entropy_reg=True), row("both: EReg(SM(t)+ScFuFFN)", EREG, "3.21", **FAST),
+        row("per head alone: SM(th)+ScFuFFN", "sm_th_scfuffn", **FAST),
+        row("per head, with the regularizer: EReg(SM(th)+ScFuFFN)", EREG, **FAST, temperature_per_head=True)]),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)", "PPL", [
         BARE[2] | {"seeds": SEEDS[:1]}, BARE[1] | {"seeds": SEEDS[:1]}, *norms("ffn", "3.64", "3.63"), *norms("qk", "3.89", "4.25"),
         *norms("qk+ffn", "3.88", "4.23"), *norms("qkv+ffn", "3.93", "4.26"), *norms("qkvo+ffn", "3.98", "4.34")]),
@@ -82,9 +91,10 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
         *(row(f"per head (Algorithm 1 as printed), lambda {x:g}", EREG, reduction="head", lambda_entropy=x) for x in (0.164, 0.05)),
         *(row(f"t from {x:g}", EREG, temperature_init=x) for x in (0.003, 0.1, 1.0))]),
     "conditions": ("Do the orders hold at another learning rate, depth, number of tokens?", "PPL", [
-        row(f"{name}, {what}", config, "", **flags) for what, flags in (("lr 3e-4", {"learning_rate": 3e-4}), ("3 x the tokens", {"max_iters": 3000}),
-                                                                        ("12 layers", {"n_layer": 12}))
-        for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+G", "sm_g"), ("SM+R", "sm_r"), ("SM+LN", "sm_ln"))]),
+        *(row(f"{name}, lr 0.004", config, learning_rate=4e-3) for name, config in (
+            ("SM+ScFuFFN", SC), ("SM+LN+G", "sm_ln_g"), ("SM+LN+R", "sm_ln_r"), ("SM+LN", "sm_ln"), ("SM+G", "sm_g"), ("SM+R", "sm_r"), ("SM", "sm"), ("SM+ScFFN", "sm_scffn"))),
+        *(row(f"{name}, {what}", config, "", **flags) for what, flags in (("12 layers", {"n_layer": 12}), ("3 x the tokens", {"max_iters": 3000}))
+          for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+G", "sm_g"), ("SM+R", "sm_r"), ("SM+LN+G", "sm_ln_g")))]),
     "divergence": ("Softmax alone at the paper's width and depth, 3 sequences a step: 12 layers, width 768", "PPL", [
         row("SM, 12 x 768", "sm", "NaN", n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval_interval=1, eval_windows=3, log_interval=1)]),
 }
