@@ -191,7 +191,7 @@ def only(diagonal, x):
 
 def secure_normalise(x):
     """
-    normalise() by two matrix products: the variances are the diagonal of x x^T / d, and rows are scaled by diag(r) x. 14 MB for
+    normalise() by two matrix products: the variances are the diagonal of x x^T / d, and rows are scaled by diag(r) x. 13 MB for
     128 x 768, where a square and a product for every entry take 36; slower, as the engine's time goes into matrix products.
     """
     x, diagonal = x - x.mean(-1, keepdims=True), np.eye(len(x), dtype=bool)

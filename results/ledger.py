@@ -2,7 +2,7 @@
 What each form in pi_export.py and lookup.py saves, one by one: bytes, messages, seconds and largest error of the form and of the
 obvious one beside it, on the real engine (Cheetah), for one layer of the given shape. Two processes; writes private_ledger.{json,md}.
 
-    python results/ledger.py                                       # GPT-2 small's, half an hour on 2 cores
+    python results/ledger.py                                       # GPT-2 small's, 5 minutes on 2 cores
     python results/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 --into=/tmp   # a toy
 
 The obvious forms are as cheap as they come: SPU's settings are the same, secrets of one party stay its own.
