@@ -360,7 +360,8 @@ def table(results):
     row("  (truncations, of all)", lambda r: f"{r['bytes_of_truncations'] / 1e6:,.1f}")
     row("messages (round trips at most)", lambda r: f"{r['rounds']:,}")
     row(f"seconds, link {first['network']}", lambda r: f"{r['seconds']:.1f}")
-    row("layers run, of", lambda r: f"{r['measured_layers']}{' + last' * (not r['settings']['plain'])}, {r['n_layer']} (multiplied)" if r["measured_layers"] < r["n_layer"] else f"all {r['n_layer']}")
+    row("layers run, of", lambda r: f"all {r['n_layer']}" if r["measured_layers"] == r["n_layer"] else
+        f"{r['measured_layers']}{' + last' * (not r['settings']['plain'])}, {r['n_layer']} (multiplied)")
     if len(results) > 1:
         row(f"fewer bytes than {first['arch']}", lambda r: f"{first['bytes_total'] / r['bytes_total']:.2f}x")
         row(f"faster than {first['arch']}", lambda r: f"{first['seconds'] / r['seconds']:.2f}x")
@@ -396,7 +397,7 @@ def draw(results, path):
         ax.text(total, at, f" {total:.2f} {name}", va="center")
     r = results[0]
     ax.set(yticks=y, yticklabels=[r["arch"] for r in results], xlim=(0, 1.15 * left.max()), xlabel=f"{name} of one private next token, both directions",
-           title=f"{r['n_layer']} layers{', ' + str(r['measured_layers']) + ' measured, and the last' if r['measured_layers'] < r['n_layer'] else ''}, width {r['n_embd']}, "
+           title=f"{r['n_layer']} layers{', ' + str(r['measured_layers']) + ' measured' if r['measured_layers'] < r['n_layer'] else ''}, width {r['n_embd']}, "
                  f"T = {r['block_size']}, vocabulary {r['vocab_size']:,}, {r['protocol']}")
     ax.legend(ncols=1, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -152,7 +152,7 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
     import jax.numpy as jnp
     from lookup import QUERIES, buckets, queries
     from model import GPTConfig
-    from pi_export import SECURE, block_steps, head_steps, secure_argmax, square
+    from pi_export import SECURE, block_steps, head_steps, one_of_each, secure_argmax
     from plain import plain_block_steps, plain_head_steps
     c, shapes = GPTConfig(**public["config"]), {k: tuple(v) for k, v in public["shapes"].items()}
     T, V, d, server, client = c.block_size, c.vocab_size, c.n_embd, party.rank == 1, party.rank == 0
@@ -171,10 +171,9 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
         specs[output], cost = party.run((scope, output, tuple(inputs), kind), function, {name: specs[name] for name in inputs}, output)
         costs.append((kind, times, cost))
 
-    # the first comparison, square and product of each kind make the oblivious transfers' and the encryption's keys: counted apart
     put("mine", (2, 2), 0, np.ones((2, 2)) if client else None)
     put("theirs", (2, 2), 1, np.ones((2, 2)) if server else None)
-    step("set-up", "ready", lambda a, b: jnp.maximum(square(a + b) @ (a + b), a) + (a + b) @ b, ["mine", "theirs"], "set-up")
+    step("set-up", "ready", one_of_each, ["mine", "theirs"], "set-up")
     told("set-up", costs)
 
     bucketed = V >= BUCKETED and T >= 32 and not party.plain
@@ -197,7 +196,7 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
         told(f"embedding {i + 1}/{len(tokens)}", costs)
     found = [f"found {i}" for i in range(run)]
     if bucketed:
-        put("chosen", (T, dealt.shape[0] * QUERIES), 0, chosen, np.int32)
+        put("chosen", (T, len(dealt) * QUERIES), 0, chosen, np.int32)
         step("embedding", "found", lambda chosen, *found: chosen @ jnp.vstack([found[min(i, run - 1)] for i in range(len(tokens))])[:chosen.shape[1]],
              ["chosen"] + found, "choose")
     else:

@@ -4,7 +4,8 @@ What a private inference engine should see of a model: few float32 matrices, and
     python pi_export.py --ckpt=out/ckpt.pt --out=out/private
 
 writes out/private/server.npz, the weights, which only the server may hold, and out/private/public.json, which both
-parties hold: the configuration, the shape of every array and the tokenizer, nothing that was learned from data but it (and, by the shapes, which biases are zero and whether the FFN was folded).
+parties hold: the configuration, the shape of every array and the tokenizer, nothing that was learned from data but it (and, by
+the shapes, which biases are zero and whether the FFN was folded).
 
 Under MPC a matrix product costs by its shape and every product of two secrets ends in a truncation, so whatever algebra
 can do in the clear is done here, once, in float64:
@@ -157,15 +158,12 @@ def normalise(x):
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
 
-def exponentials(s):
-    """exp(logit - row maximum) of the causal logits s (H, T, T), given in units of LOGIT_UNIT; 0 above the diagonal."""
-    s = jnp.where(np.tri(s.shape[-1], dtype=bool), LOGIT_UNIT * s, -jnp.inf)
-    return jnp.exp(s - s.max(-1, keepdims=True))
-
-
-def row_exponentials(s, seen):
-    """exponentials() of one row s (H, 1, T), over the entries where seen (1, T) is 1."""
-    s = jnp.where(seen > 0.5, LOGIT_UNIT * s, -jnp.inf)
+def exponentials(s, seen=None):
+    """
+    exp(logit - row maximum) of the logits s (H, rows, T), given in units of LOGIT_UNIT, where seen (rows, T) is 1; 0 elsewhere. Without
+    seen, rows is T and all is causal.
+    """
+    s = jnp.where((np.tri(s.shape[-1]) if seen is None else seen) > 0.5, LOGIT_UNIT * s, -jnp.inf)
     return jnp.exp(s - s.max(-1, keepdims=True))
 
 
@@ -192,7 +190,7 @@ def only(diagonal, x):
 def secure_normalise(x):
     """
     normalise() by two matrix products: the variances are the diagonal of x x^T / d, and rows are scaled by diag(r) x. 13 MB for
-    128 x 768, where a square and a product for every entry take 36; slower, as the engine's time goes into matrix products.
+    128 x 768, where two products for every entry take 44; slower, as the engine's time goes into matrix products.
     """
     x, diagonal = x - x.mean(-1, keepdims=True), np.eye(len(x), dtype=bool)
     y = x * (1 / math.sqrt(x.shape[-1]))  # before the product, which would overflow
@@ -232,7 +230,10 @@ def secure_exp(u):
 
 
 def secure_exponentials(s):
-    """exponentials() on the causal half alone: T(T+1)/2 entries are packed, exp'ed and put back among zeros. Logits more than 10 below their row's largest count as 0."""
+    """
+    exponentials() on the causal half alone: T(T+1)/2 entries are packed, exp'ed and put back among zeros. Logits more than 10 below
+    their row's largest count as 0.
+    """
     H, T, _ = s.shape
     i, j = np.tril_indices(T)
     e = secure_exp(jnp.maximum((s - causal_row_max(s))[:, i, j], -2.0) + 1)
@@ -242,15 +243,15 @@ def secure_exponentials(s):
 
 
 def secure_row_exponentials(s, seen):
-    """row_exponentials(): entries not seen are lowered beyond the clip before the maximum, and zeroed after."""
+    """exponentials() of one row (H, 1, T), seen (1, T) a secret: what isn't seen is lowered beyond the clip before the maximum, and zeroed after."""
     s = s + 1024 * (seen - 1)
     return secure_exp(jnp.maximum(s - s.max(-1, keepdims=True), -2.0) + 1) * seen
 
 
 def secure_reciprocal(s, most):
     """
-    1 / s for s in [1, most] by three steps (four beyond 256) of Newton's r (2 - s r) from a line, one of three by where s lies: 1.9 KB a number, SPU's
-    own division takes 4.5. The best line on [a, b] is off by (b - a)^2 / ((b + a)^2 + 4 a b), and a step squares that.
+    1 / s for s in [1, most] by three steps (four beyond 256) of Newton's r (2 - s r) from a line, one of three by where s lies: 2.7 KB
+    a number, SPU's own division takes 3.7. The best line on [a, b] is off by (b - a)^2 / ((b + a)^2 + 4 a b), and a step squares that.
     """
     edge = 0.97 * (1.05 * most) ** (np.arange(4) / 3)
     slope = 8 / ((edge[:-1] + edge[1:]) ** 2 + 4 * edge[:-1] * edge[1:])
@@ -288,10 +289,15 @@ def secure_argmax(x):
     return index[:, 0]
 
 
-EXACT = dict(normalise=normalise, exponentials=exponentials, row_exponentials=row_exponentials, reciprocal=lambda s, most: 1 / s,
+EXACT = dict(normalise=normalise, exponentials=exponentials, row_exponentials=exponentials, reciprocal=lambda s, most: 1 / s,
              gelu=partial(jax.nn.gelu, approximate=False), gelu_tanh=jax.nn.gelu, relu=jax.nn.relu)
 SECURE = dict(normalise=secure_normalise, exponentials=secure_exponentials, row_exponentials=secure_row_exponentials, reciprocal=secure_reciprocal,
               gelu=secure_gelu, gelu_tanh=secure_gelu, relu=jax.nn.relu)
+
+
+def one_of_each(a, b):
+    """The first comparison, square and product of each kind, of a client's and a server's (2, 2): they make the engine's keys, whose cost is the set-up's."""
+    return jnp.maximum(square(a + b) @ (a + b), a) + (a + b) @ b
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass
@@ -314,9 +320,6 @@ def block_steps(c, block, f, last=False):
     """
     W, d = weights_in(block), c.n_embd
 
-    def norm(x):
-        return [("LayerNorm", "n", f["normalise"], [x])] if c.use_layernorm else []
-
     def split(a):  # (T, m d) -> (m, H, T, d_k)
         return a.reshape(len(a), -1, c.n_head, d // c.n_head).transpose(1, 2, 0, 3)
 
@@ -324,7 +327,8 @@ def block_steps(c, block, f, last=False):
         return split(q)[0] @ split(kv)[-2].transpose(0, 2, 1)
 
     n, q, kv = "n" if c.use_layernorm else "x", "q" if last else "qkv", "kv" if last else "qkv"
-    steps = norm("x")
+    norm = [("LayerNorm", "n", f["normalise"], ["x"])] * c.use_layernorm
+    steps = norm[:]
     if last:
         steps += [("matmul", "kv", lambda n, *w: matmul(n, *(a[..., d:] for a in w)), [n] + W("qkv"))]
         steps += [("matmul", name, lambda last, x: last @ x, ["last", name]) for name in dict.fromkeys((n, "x"))]
@@ -341,7 +345,7 @@ def block_steps(c, block, f, last=False):
     steps += [("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))]
     if "ffn" not in block and "in" not in block:
         return steps
-    steps, after = steps + norm("x"), W("ffn")
+    steps, after = steps + norm, W("ffn")
     if "in" in block:
         kind = "gelu" if c.use_gelu else "relu"
         steps += [("matmul", "h", matmul, [n] + W("in")),

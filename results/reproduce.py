@@ -52,6 +52,15 @@ def norms(where, weight, spectral):
     return [row(f"SM+WNorm({where.upper()})", "sm", weight, weight_norm=where), row(f"SM+SNorm({where.upper()})", "sm", spectral, spectral_norm=where)]
 
 
+def ablation(*more, learning_rate=None, **temperature):
+    """Temperature and regularizer, each alone and together. more: rows for temperature alone at other settings."""
+    lr = {} if learning_rate is None else {"learning_rate": learning_rate}
+    return [row("neither: SM+ScFuFFN", SC, "3.48", **lr), row("temperature alone: SM(t)+ScFuFFN", T, **lr, **temperature), *more,
+            row("regularizer alone: EReg(SM+ScFuFFN)", SC, **lr, entropy_reg=True), row("both: EReg(SM(t)+ScFuFFN)", EREG, "3.21", **lr, **temperature),
+            row("per head alone: SM(th)+ScFuFFN", "sm_th_scfuffn", **lr, **temperature),
+            row("per head, with the regularizer: EReg(SM(th)+ScFuFFN)", EREG, **lr, **temperature, temperature_per_head=True)]
+
+
 BARE = [row("SM", "sm", "NaN", SEEDS), row("SM+ScFFN", "sm_scffn", "3.50", SEEDS), row("SM+ScFuFFN", SC, "3.48", SEEDS)]
 PROPOSAL = [row("EReg(SM(t)+ScFuFFN)", EREG, "3.21", SEEDS)]
 TABLES = {  # name: (what it is, what the published column shows, rows); the first row of a table is what the others are compared with
@@ -74,15 +83,9 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
     "gamma": ("Tolerance margin (Figures 6 and 7)", "heads in the top quarter", [
         row(f"EReg, gamma {g:g}", EREG, f"{p}%", **({} if g == 0.2 else {"gamma": g}))
         for g, p in ((0.2, 2.08), (0.0, "at most 0.7"), (0.05, "at most 0.7"), (0.1, "at most 0.7"), (0.15, 0.7), (0.25, 3.47), (0.3, 6.25))]),
-    "ablation": ("Temperature and regularizer, each alone and together; one temperature per head for one per head and position", "PPL", [
-        row("neither: SM+ScFuFFN", SC, "3.48"), row("temperature alone: SM(t)+ScFuFFN", T), row("temperature alone, from 0.1", T, temperature_init=0.1),
-        row("regularizer alone: EReg(SM+ScFuFFN)", SC, entropy_reg=True), row("both: EReg(SM(t)+ScFuFFN)", EREG, "3.21"),
-        row("per head alone: SM(th)+ScFuFFN", "sm_th_scfuffn"), row("per head, with the regularizer: EReg(SM(th)+ScFuFFN)", EREG, temperature_per_head=True)]),
-    "ablation_tuned": ("The same at the tuned settings, learning rate 0.004 and temperatures from 0.1", "PPL", [
-        row("neither: SM+ScFuFFN", SC, "3.48", learning_rate=4e-3), row("temperature alone: SM(t)+ScFuFFN", T, **FAST),
-        row("regularizer alone: EReg(SM+ScFuFFN)", SC, learning_rate=4e-3, entropy_reg=True), row("both: EReg(SM(t)+ScFuFFN)", EREG, "3.21", **FAST),
-        row("per head alone: SM(th)+ScFuFFN", "sm_th_scfuffn", **FAST),
-        row("per head, with the regularizer: EReg(SM(th)+ScFuFFN)", EREG, **FAST, temperature_per_head=True)]),
+    "ablation": ("Temperature and regularizer, each alone and together; one temperature per head for one per head and position", "PPL",
+                 ablation(row("temperature alone, from 0.1", T, temperature_init=0.1))),
+    "ablation_tuned": ("The same at the tuned settings, learning rate 0.004 and temperatures from 0.1", "PPL", ablation(**FAST)),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)", "PPL", [
         BARE[2] | {"seeds": SEEDS[:1]}, BARE[1] | {"seeds": SEEDS[:1]}, *norms("ffn", "3.64", "3.63"), *norms("qk", "3.89", "4.25"),
         *norms("qk+ffn", "3.88", "4.23"), *norms("qkv+ffn", "3.93", "4.26"), *norms("qkvo+ffn", "3.98", "4.34")]),
@@ -102,7 +105,7 @@ PICTURES = {  # file: runs side by side, seed 1337
     "entropy_architectures.png": [("sm_ln_g", {}), ("sm_g", {}), ("sm_r", {}), ("sm", {})],             # Figure 2
     "entropy_stabilised.png": [("sm", {"weight_norm": "ffn"}), ("sm", {"spectral_norm": "ffn"}), (SC, {}), (EREG, {})],  # Figures 4 and 5
     "entropy_temperature.png": [(T, {}), (T, {"temperature_init": 0.1}), (SC, {"entropy_reg": True}), (EREG, {})],
-    "entropy_tuned.png": [(SC, {"learning_rate": 4e-3}), (EREG, {"learning_rate": 4e-3, "temperature_init": 0.1})],
+    "entropy_tuned.png": [(SC, {"learning_rate": 4e-3}), (EREG, FAST)],
     "entropy_gamma.png": [(EREG, {"gamma": g}) for g in (0.0, 0.1)] + [(EREG, {}), (EREG, {"gamma": 0.3})],       # Figures 6 and 7
 }
 

@@ -151,11 +151,11 @@ def test_one_layer_stands_for_the_rest(tmp_path):
 
 def test_an_embedding_by_buckets(tmp_path):
     """From 16,384 tokens of vocabulary on: whole, under Cheetah; and two groups of its buckets multiplied."""
-    for layers, protocol in ((0, "cheetah"), (1, "semi2k")):
-        run("bench_spu.py", "--archs=sm_ln_r", f"--protocol={protocol}", *TINY, "--vocab_size=16384", "--block_size=32", "--n_layer=1",
-            f"--measure_layers={layers}", f"--json={tmp_path / 'r.json'}", timeout=300)
+    for arguments in (["--protocol=cheetah", "--block_size=32", "--n_layer=1"], ["--protocol=semi2k", "--block_size=64", "--measure_layers=1"]):
+        run("bench_spu.py", "--archs=sm_ln_r", *TINY, "--vocab_size=16384", *arguments, f"--json={tmp_path / 'r.json'}", timeout=300)
         r = json.loads((tmp_path / "r.json").read_text())[0]
-        assert r["bytes_by_kind"]["embedding"] > 1e5 and r["max_abs_err"] < 0.02
+        assert r["bytes_by_kind"]["embedding"] > 1e5
+        assert r["max_abs_err"] is None if r["measured_layers"] < r["n_layer"] else r["max_abs_err"] < 0.02
 
 
 def test_the_baseline_costs_more(tmp_path):
