@@ -41,6 +41,7 @@ role = "both"            # both (all parties here, a process each) | client | se
 ckpt = ""                # role both: a checkpoint; the newest one under out/ if empty and no archs are given
 archs = ""               # role both: config files of config/, comma-separated, with random weights instead of a checkpoint
 prompt = "def add(a, b):"  # the client's secret
+embedding = "private"    # role both: private | public, which gives the client the token and position embeddings (see pi_export.py)
 reveal = "logits"        # what the client learns: logits, or only the most likely token
 windows = 0              # also judge secure against plain on that many held-out windows, all positions, revealed to the client
 windows_file = ""        # client: the .bin of uint16 tokens they are cut from; role both takes the checkpoint's val.bin if empty
@@ -142,7 +143,7 @@ def one_party():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the step that C++ is in
     from model import GPTConfig
     from party import ROLES, Party, greet, infer, quit_now
-    from pi_export import flatten, load_weights, write_whole
+    from pi_export import flatten, load_embedding, load_weights, write_whole
     rank, weights, ids = ROLES.index(role), None, None
     path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
     shared = read_json(path)
@@ -154,6 +155,7 @@ def one_party():
                 die(f"{private}/server.npz and public.json are not of one model: run python pi_export.py again")
         if role == "client":
             ids, texts = tokenize(shared, prompt), held_out(shared, windows_file) if windows else []
+            weights = None if shared["embedding"] == "private" else load_embedding(os.path.dirname(path), shared)
     except ValueError as e:
         die(e)
     except (KeyError, TypeError):
@@ -242,7 +244,7 @@ def both(model, tokenizer, val, plain=False):
     roles = ROLES[:3 if protocol == "aby3" else 2]
     with tempfile.TemporaryDirectory() as folder:
         secret, result, logits = (os.path.join(folder, name) for name in ("server", "result.json", "logits.npz"))
-        write(model, tokenizer, secret, plain_export if plain else export)
+        write(model, tokenizer, secret, plain_export if plain else export, embedding)
         shared = os.path.join(secret, "public.json")
         ids, texts = tokenize(read_json(shared), prompt), held_out(read_json(shared), val) if windows else None
         addresses = free_addresses(2 * len(roles))
@@ -298,7 +300,7 @@ def both(model, tokenizer, val, plain=False):
     sizes = {k: getattr(c, k) for k in ("n_layer", "block_size", "n_embd", "n_head", "vocab_size")}
     return {"arch": c.name + " plain" * plain, **sizes, "network": network, "protocol": protocol, "max_abs_err": None, **r,
             "nonlinear_ops": {k: f"{n} x {a}x{b}" for k, (n, (a, b)) in model.nonlinear_ops().items()}, "flops": model.flops(),
-            "settings": {"reveal": reveal, "tls": bool(tls), "seed": seed, "plain": plain, "weights": "random" if archs else "trained"},
+            "settings": {"reveal": reveal, "embedding": embedding, "tls": bool(tls), "seed": seed, "plain": plain, "weights": "random" if archs else "trained"},
             "versions": {"spu": spu.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores for all parties"}
 
@@ -407,7 +409,7 @@ def draw(results, path):
 def main():
     configure(globals())
     for key, allowed in dict(role=("both", "client", "server", "helper"), protocol=("cheetah", "semi2k", "aby3"), network=("none", *NETWORKS),
-                             reveal=("logits", "token")).items():
+                             reveal=("logits", "token"), embedding=("private", "public")).items():
         if globals()[key] not in allowed:
             die(f"{key} must be one of {', '.join(allowed)}, and is {globals()[key]!r}", 2)
     for key, least in dict(measure_layers=0, windows=0, seed=0, timeout=1, connect_timeout=1).items():

@@ -141,9 +141,9 @@ class Party:
 
 def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0, reveal="logits", every_row=False):
     """
-    One private forward pass. public: public.json's dict; weights: server.npz's arrays on the server, else None; ids: the
-    prompt's tokens on the client, else None; reveal: "logits" or "token"; layers: how many to run besides the last one (which plain
-    has among them), 0 for all. With fewer than all only two pieces of the embedding are looked up, too, and the result means nothing.
+    One private forward pass. public: public.json's dict; weights: server.npz's arrays on the server, embedding.npz's on the client if
+    the embedding is public, else None; ids: the prompt's tokens on the client, else None; reveal: "logits" or "token"; layers: how
+    many to run besides the last one (which plain has among them), 0 for all. With fewer than all only two pieces of the embedding are looked up, too, and the result means nothing.
 
     Returns (result, costs). result, None but on the client: logits (V,) of the last position, or its most likely token, or
     with every_row the logits (T, V). costs: [(kind, times, cost of Party.run)] in the order run; times is how many equal
@@ -171,38 +171,45 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
         specs[output], cost = party.run((scope, output, tuple(inputs), kind), function, {name: specs[name] for name in inputs}, output)
         costs.append((kind, times, cost))
 
+    def look_up():
+        """x, the embedded prompt, by encrypted one-hot rows of the tokens, or of their places in the buckets."""
+        bucketed = V >= BUCKETED and T >= 32 and not party.plain
+        if bucketed:
+            dealt = buckets(V, T, party.session.encode())
+            hot, chosen = queries(ids, dealt) if client else (None, None)
+            tokens = [dealt[i:i + GROUP] for i in range(0, len(dealt), GROUP)]
+            asked = [hot[i:i + GROUP] for i in range(0, len(dealt), GROUP)] if client else None
+        else:
+            tokens = [np.arange(start, min(start + CHUNK, V)) for start in range(0, V, CHUNK)]
+            asked = [ids[:, None] == piece for piece in tokens] if client else None
+        table = np.round(np.vstack((weights["wte"], np.zeros((1, d)))) * SCALE).astype(np.int32) if server else None  # row V stands for no token
+        run = len(tokens) if whole else min(len(tokens), 2)
+        for i in range(run):
+            *bucket, rows = tokens[i].shape
+            put("hot", (*bucket, QUERIES if bucketed else T, rows), 0, asked[i] if client else None, np.int32)
+            put("table", (*bucket, rows, d), 1, table[tokens[i]] if server else None, np.int32)
+            times = 1 if i + 1 < run else sum(piece.size for piece in tokens[i:]) / tokens[i].size
+            step("embedding", f"found {i}", lambda h, w: (h @ w).reshape(-1, d), ["hot", "table"], f"embedding {rows}", times)
+            told(f"embedding {i + 1}/{len(tokens)}", costs)
+        found = [f"found {i}" for i in range(run)]
+        if bucketed:
+            put("chosen", (T, len(dealt) * QUERIES), 0, chosen, np.int32)
+            step("embedding", "found", lambda chosen, *found: chosen @ jnp.vstack([found[min(i, run - 1)] for i in range(len(tokens))])[:chosen.shape[1]],
+                 ["chosen"] + found, "choose")
+        else:
+            step("embedding", "found", lambda *found: sum(found), found, "sum")
+        put("wpe", (T, d), 1, weights["wpe"] if server else None)
+        step("embedding", "x", lambda found, wpe: found.astype(np.float32) * (1 / SCALE) + wpe, ["found", "wpe"], "embedding")
+
     put("mine", (2, 2), 0, np.ones((2, 2)) if client else None)
     put("theirs", (2, 2), 1, np.ones((2, 2)) if server else None)
     step("set-up", "ready", one_of_each, ["mine", "theirs"], "set-up")
     told("set-up", costs)
 
-    bucketed = V >= BUCKETED and T >= 32 and not party.plain
-    if bucketed:
-        dealt = buckets(V, T, party.session.encode())
-        hot, chosen = queries(ids, dealt) if client else (None, None)
-        tokens = [dealt[i:i + GROUP] for i in range(0, len(dealt), GROUP)]
-        asked = [hot[i:i + GROUP] for i in range(0, len(dealt), GROUP)] if client else None
-    else:
-        tokens = [np.arange(start, min(start + CHUNK, V)) for start in range(0, V, CHUNK)]
-        asked = [ids[:, None] == piece for piece in tokens] if client else None
-    table = np.round(np.vstack((weights["wte"], np.zeros((1, d)))) * SCALE).astype(np.int32) if server else None  # row V stands for no token
-    run = len(tokens) if whole else min(len(tokens), 2)
-    for i in range(run):
-        *bucket, rows = tokens[i].shape
-        put("hot", (*bucket, QUERIES if bucketed else T, rows), 0, asked[i] if client else None, np.int32)
-        put("table", (*bucket, rows, d), 1, table[tokens[i]] if server else None, np.int32)
-        times = 1 if i + 1 < run else sum(piece.size for piece in tokens[i:]) / tokens[i].size
-        step("embedding", f"found {i}", lambda h, w: (h @ w).reshape(-1, d), ["hot", "table"], f"embedding {rows}", times)
-        told(f"embedding {i + 1}/{len(tokens)}", costs)
-    found = [f"found {i}" for i in range(run)]
-    if bucketed:
-        put("chosen", (T, len(dealt) * QUERIES), 0, chosen, np.int32)
-        step("embedding", "found", lambda chosen, *found: chosen @ jnp.vstack([found[min(i, run - 1)] for i in range(len(tokens))])[:chosen.shape[1]],
-             ["chosen"] + found, "choose")
-    else:
-        step("embedding", "found", lambda *found: sum(found), found, "sum")
-    put("wpe", (T, d), 1, weights["wpe"] if server else None)
-    step("embedding", "x", lambda found, wpe: found.astype(np.float32) * (1 / SCALE) + wpe, ["found", "wpe"], "embedding")
+    if public["embedding"] == "private":
+        look_up()
+    else:  # the client's own doing
+        put("x", (T, d), 0, np.where(ids[:, None] < 0, 0, weights["wte"][ids]) + weights["wpe"] if client else None)
 
     if not every_row:  # which row is the last is the client's secret
         put("last", (1, T), 0, np.eye(T)[end:end + 1] if client else None)

@@ -5,7 +5,9 @@ What a private inference engine should see of a model: few float32 matrices, and
 
 writes out/private/server.npz, the weights, which only the server may hold, and out/private/public.json, which both
 parties hold: the configuration, the shape of every array and the tokenizer, nothing that was learned from data but it (and, by
-the shapes, which biases are zero and whether the FFN was folded).
+the shapes, which biases are zero and whether the FFN was folded). With --embedding=public also out/private/embedding.npz for the
+client, who then looks its tokens up itself, for no bytes and no time; it learns the embeddings by it, and as GPT-2's output matrix
+is the same one (tied), most of that. The prompt stays its own.
 
 Under MPC a matrix product costs by its shape and every product of two secrets ends in a truncation, so whatever algebra
 can do in the clear is done here, once, in float64:
@@ -27,6 +29,8 @@ EXACT, and SECURE as an engine computes them cheaply, with the identity each res
 directions, of SPU's Cheetah at 18 fraction bits: truncation 3, choice by a secret bit 16, comparison 82, square 147, product
 of secrets 221.
 """
+import hashlib
+import io
 import json
 import math
 import os
@@ -47,6 +51,7 @@ from model import GPT, load_checkpoint
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
 out = "out/private"   # folder for server.npz and public.json
+embedding = "private" # private | public, which gives the client token and position embeddings, and saves looking them up in private
 
 
 # ------------------------------------------------------------------------------------------------ folding
@@ -417,12 +422,29 @@ def load_weights(path):
         raise ValueError(f"{path} is not a whole server.npz ({type(e).__name__}): make it again with python pi_export.py") from e
 
 
-def write(model, tokenizer, folder, export=export):
-    """server.npz and public.json of a model, its arrays made by `export`, into a folder. Returns the arrays written, flat."""
-    arrays = flatten(export(model))
-    public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer}
+def load_embedding(folder, public):
+    """The client's {"wte": (V, d), "wpe": (T, d)} of a folder's embedding.npz. ValueError if it isn't what public.json names."""
+    path = os.path.join(folder, "embedding.npz")
+    try:
+        with open(path, "rb") as f:
+            if hashlib.sha256(data := f.read()).hexdigest() != public["embedding"]:
+                raise ValueError("another model's, or damaged")
+        with np.load(io.BytesIO(data), allow_pickle=False) as f:
+            return dict(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"no {path} that belongs to public.json ({e}): python pi_export.py --embedding=public makes both, copy both") from e
+
+
+def write(model, tokenizer, folder, export=export, embedding="private"):
+    """server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays made by `export`. Returns server.npz's, flat."""
+    arrays, data = flatten(export(model)), io.BytesIO()
+    np.savez(data, wte=arrays["wte"], wpe=arrays["wpe"])
+    public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer,
+              "embedding": hashlib.sha256(data.getvalue()).hexdigest() if embedding == "public" else "private"}
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, "server.npz"), lambda f: np.savez(f, **arrays))
+    if embedding == "public":
+        write_whole(os.path.join(folder, "embedding.npz"), lambda f: f.write(data.getvalue()))
     write_whole(os.path.join(folder, "public.json"), lambda f: f.write(json.dumps(public).encode()))
     return arrays
 
@@ -436,14 +458,17 @@ def write_whole(path, put):
 
 def main():
     configure(globals())
+    if embedding not in ("private", "public"):
+        die(f"embedding must be private or public, and is {embedding!r}", 2)
     try:
         checkpoint = load_checkpoint(ckpt)
         model = GPT.from_checkpoint(checkpoint)
-        arrays = write(model, checkpoint.get("tokenizer"), out)
+        arrays = write(model, checkpoint.get("tokenizer"), out, embedding=embedding)
     except (OSError, ValueError) as e:
         die(e)
     print(f"{model.config.name}: {sum(p.numel() for p in model.parameters()):,} parameters in {ckpt} -> {len(arrays)} arrays of "
-          f"{sum(a.size for a in arrays.values()):,} numbers (embedding and head apart) in {out}/server.npz, shapes and tokenizer in {out}/public.json")
+          f"{sum(a.size for a in arrays.values()):,} numbers (embedding and head apart) in {out}/server.npz, shapes and tokenizer in {out}/public.json"
+          + f"; for the client also {out}/embedding.npz" * (embedding == "public"))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from lookup import buckets, queries  # noqa: E402
 from party import CHUNK, GROUP, Party  # noqa: E402
-from pi_export import (LOGIT_UNIT, causal_row_max, engine_square, exponentials, normalise, one_of_each, only, secure_exp,  # noqa: E402
+from pi_export import (LOGIT_UNIT, causal_row_max, engine_square, exponentials, normalise, one_of_each, only, secure_argmax, secure_exp,  # noqa: E402
                        secure_exponentials, secure_gelu, secure_normalise, secure_reciprocal, secure_row_exponentials, square)
 
 H, d, T, V, rng = n_head, n_embd, block_size, vocab_size, np.random.default_rng(0)
@@ -126,6 +126,9 @@ own(1, np.int32, table=wte[dealt[:GROUP]])
 measure("embedding", "by buckets: the questions, a group multiplied", lambda h, w: h @ w, ["hot", "table"], hot[:GROUP] @ wte[dealt[:GROUP]], len(dealt) / GROUP)
 share(np.int32, found=(hot @ wte[dealt]).reshape(-1, d))
 measure("embedding", "by buckets: the order", lambda c, f: c @ f, ["chosen", "found"], wte[ids])
+logits = rng.normal(size=(1, V))
+share(logits=logits)
+measure("the most likely token alone (--reveal=token)", "secure_argmax", secure_argmax, ["logits"], logits.argmax(-1))
 if rank == 0:
     title = f"{H} heads, width {d}, T = {T}, vocabulary {V}; {os.cpu_count()} cores for both parties"
     table = [f"One layer's operations, each in two or three forms: {title}. Made by `python results/ledger.py`.", "",

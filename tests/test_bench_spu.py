@@ -158,6 +158,29 @@ def test_an_embedding_by_buckets(tmp_path):
         assert r["max_abs_err"] is None if r["measured_layers"] < r["n_layer"] else r["max_abs_err"] < 0.02
 
 
+def test_a_public_embedding_is_the_clients_own_doing(exported, tmp_path):
+    """It costs nothing and comes out the same; another model's is refused before anything is sent."""
+    folder, model = exported
+    run("pi_export.py", f"--ckpt={folder / 'ckpt.pt'}", f"--out={tmp_path}", "--embedding=public")
+    client = tmp_path / "client"
+    client.mkdir()
+    for name in ("public.json", "embedding.npz"):
+        shutil.copy(tmp_path / name, client / name)
+    c, s = ports(7)
+    server = popen("--role=server", f"--private={tmp_path}", f"--listen={s}", f"--peer={c}", "--protocol=semi2k")
+    asking = ["--role=client", f"--public={client / 'public.json'}", f"--listen={c}", f"--peer={s}", f"--json={tmp_path / 'r.json'}",
+              f"--logits_file={tmp_path / 'logits.npz'}", "--protocol=semi2k", "--prompt=def"]
+    out, server_out = popen(*asking).communicate(timeout=100)[0], server.communicate(timeout=30)[0]
+    assert server.returncode == 0, out + server_out
+    plain = model(torch.tensor([list(b"def")]))[0][0, -1].detach().numpy()
+    assert np.abs(np.load(tmp_path / "logits.npz")["next"] - plain).max() < 0.02 * np.abs(plain).max()
+    assert "embedding" not in json.loads((tmp_path / "r.json").read_text())["bytes_by_kind"]
+    np.savez(client / "embedding.npz", wte=np.zeros((300, 32), np.float32), wpe=np.zeros((16, 32), np.float32))
+    refused = popen(*asking)
+    out = refused.communicate(timeout=30)[0]
+    assert refused.returncode == 1 and len(out.splitlines()) == 1 and "embedding.npz" in out and "--embedding=public" in out
+
+
 def test_the_baseline_costs_more(tmp_path):
     """--baseline adds the same model as one would write it first: it gives the same token, for more bytes and more rounds."""
     out = run("bench_spu.py", "--archs=sm_ln_g", "--baseline=True", "--protocol=semi2k", *TINY, f"--json={tmp_path / 'r.json'}")
