@@ -143,14 +143,14 @@ def one_party():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the step that C++ is in
     from model import GPTConfig
     from party import ROLES, Party, greet, infer, quit_now
-    from pi_export import flatten, load_embedding, load_weights, write_whole
+    from pi_export import load_embedding, load_weights, write_whole
     rank, weights, ids = ROLES.index(role), None, None
     path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
     shared = read_json(path)
     try:
         c = asdict(GPTConfig(**shared["config"]))
         if role == "server":
-            weights = flatten(load_weights(os.path.join(private, "server.npz")))
+            weights = load_weights(os.path.join(private, "server.npz"))
             if {k: list(v.shape) for k, v in weights.items()} != shared["shapes"]:
                 die(f"{private}/server.npz and public.json are not of one model: run python pi_export.py again")
         if role == "client":

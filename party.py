@@ -152,11 +152,11 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
     import jax.numpy as jnp
     from lookup import QUERIES, buckets, queries
     from model import GPTConfig
-    from pi_export import SECURE, block_steps, head_steps, one_of_each, secure_argmax
+    from pi_export import SECURE, block_steps, head_steps, of_block, one_of_each, secure_argmax
     from plain import plain_block_steps, plain_head_steps
     c, shapes = GPTConfig(**public["config"]), {k: tuple(v) for k, v in public["shapes"].items()}
     T, V, d, server, client = c.block_size, c.vocab_size, c.n_embd, party.rank == 1, party.rank == 0
-    of_block, of_head = (plain_block_steps, plain_head_steps) if party.plain else (block_steps, head_steps)
+    block_steps_of, head_steps_of = (plain_block_steps, plain_head_steps) if party.plain else (block_steps, head_steps)
     one_row = not every_row and not party.plain  # the last block computes only what a next token needs
     whole = not layers or layers >= c.n_layer
     if client:
@@ -217,11 +217,11 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
         put("seen", (1, T), 0, np.tri(T)[end:end + 1] if client else None)
     equal = c.n_layer - one_row
     for layer in [*range(equal if whole else min(layers, equal)), *[equal] * one_row]:
-        block = {name.split(".")[2]: shape for name, shape in shapes.items() if name.startswith(f"blocks.{layer}.")}
+        block = of_block(shapes, layer)
         for name, shape in block.items():
             put(f"W.{name}", shape, 1, weights[f"blocks.{layer}.{name}"] if server else None)
         times = 1 if whole or layer + 1 < layers or layer == equal else equal - layer
-        for i, (kind, output, function, inputs) in enumerate(of_block(c, block, SECURE, *[True] * (layer == equal))):
+        for i, (kind, output, function, inputs) in enumerate(block_steps_of(c, block, SECURE, *[True] * (layer == equal))):
             step(kind, output, function, inputs, f"step {i} {block.keys()} {layer == equal}", times)
         told(f"layer {layer + 1}/{c.n_layer}", costs)
 
@@ -230,7 +230,7 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
     for name, shape in shapes.items():
         if not name.startswith("blocks.") and name not in ("wte", "wpe"):
             put(f"W.{name}", shape, 1, weights[name] if server else None)
-    for kind, output, function, inputs in of_head(c, shapes, SECURE):
+    for kind, output, function, inputs in head_steps_of(c, shapes, SECURE):
         step(kind, output, function, inputs, f"head {every_row}")
     if reveal == "token":
         step("argmax", "logits", secure_argmax, ["logits"], "argmax")

@@ -138,8 +138,7 @@ def named(pairs):
 
 def export(model, dtype=np.float32):
     """
-    A trained GPT as a tree of arrays: {"wte" (V, d), "wpe" (T, d), "head" (d, V), "head_b" (V,), "blocks": [L dicts]}.
-    Biases that are zero throughout (models without LayerNorm and biases have them on Q and K alone) are left out.
+    A trained GPT as named arrays: "wte" (V, d), "wpe" (T, d), "head" (d, V), "head_b" (V,), and for each block "blocks.0.qkv" and so on.
     """
     c, wte, wpe = model.config, *(e.weight.detach().double().numpy() for e in (model.wte, model.wpe))
     head, head_b = after_norm(model.ln_f, wte.T, np.zeros(len(wte)))
@@ -147,13 +146,22 @@ def export(model, dtype=np.float32):
     if R:
         first = np.linalg.inv(R[0])
         wte, wpe, head = wte @ first, wpe @ first, R[-1] @ head
-    tree = {"wte": wte, "wpe": wpe, "head": head, "head_b": head_b,
-            "blocks": [fold_block(block, c, *(R[i:i + 2] if R else ())) for i, block in enumerate(model.blocks)]}
-    return jax.tree.map(lambda a: a.astype(dtype), {**drop_zero_biases(tree), "blocks": [drop_zero_biases(b) for b in tree["blocks"]]})
+    blocks = [fold_block(block, c, *(R[i:i + 2] if R else ())) for i, block in enumerate(model.blocks)]
+    return flat({"wte": wte, "wpe": wpe, "head": head, "head_b": head_b}, blocks, dtype)
 
 
-def drop_zero_biases(arrays):
-    return {name: a for name, a in arrays.items() if not (name.endswith("_b") and not a.any())}
+def flat(arrays, blocks, dtype):
+    """
+    One dict of the arrays and of each block's, as server.npz holds them. Biases that are zero throughout (models without LayerNorm and
+    biases have them on Q and K alone) are left out.
+    """
+    arrays = arrays | {f"blocks.{i}.{name}": a for i, block in enumerate(blocks) for name, a in block.items()}
+    return {name: np.asarray(a, dtype) for name, a in arrays.items() if not name.endswith("_b") or np.any(a)}
+
+
+def of_block(arrays, i):
+    """Block i's own among the arrays, or their shapes: "qkv" for "blocks.i.qkv"."""
+    return {name.split(".")[2]: a for name, a in arrays.items() if name.startswith(f"blocks.{i}.")}
 
 
 # ------------------------------------------------------------------------------------------------ nonlinear functions, exact
@@ -366,10 +374,10 @@ def unheads(y):
     return y.transpose(1, 0, 2).reshape(y.shape[1], -1)
 
 
-def head_steps(c, tree, f):
+def head_steps(c, arrays, f):
     """The logits of rows x."""
     n = "n" if c.use_layernorm else "x"
-    return [("head", "n", f["normalise"], ["x"])] * c.use_layernorm + [("head", "logits", matmul, [n] + weights_in(tree)("head"))]
+    return [("head", "n", f["normalise"], ["x"])] * c.use_layernorm + [("head", "logits", matmul, [n] + weights_in(arrays)("head"))]
 
 
 def run(steps, arrays, values):
@@ -379,45 +387,29 @@ def run(steps, arrays, values):
     return values
 
 
-def forward(tree, c, one_hot, f=EXACT, steps=(block_steps, head_steps), row=None):
+def forward(arrays, c, one_hot, f=EXACT, steps=(block_steps, head_steps), row=None):
     """
     Logits (T, V) of one sequence, or (1, V) of position `row`. one_hot: (T, V), row i the token at position i; c: the GPTConfig;
-    f: EXACT or SECURE, whose square() means what it says only where exp(x) is (1 + x/2)^2; steps: those that `tree` was exported for;
+    f: EXACT or SECURE, whose square() means what it says only where exp(x) is (1 + x/2)^2; steps: those that `arrays` were exported for;
     row: with block_steps alone.
     """
     T = len(one_hot)
-    values = {"x": one_hot @ tree["wte"] + tree["wpe"][:T]}
+    values = {"x": one_hot @ arrays["wte"] + arrays["wpe"][:T]}
     if row is not None:
         values |= {"last": np.eye(T, dtype=np.float32)[row:row + 1], "seen": np.tri(T, dtype=np.float32)[row:row + 1]}
-    for i, block in enumerate(tree["blocks"]):
-        block = {k: v[:, :T] if k == "inverse_t" else v for k, v in block.items()}
+    for i in range(c.n_layer):
+        block = {k: v[:, :T] if k == "inverse_t" else v for k, v in of_block(arrays, i).items()}
         last = {"last": True} if row is not None and i == c.n_layer - 1 else {}
         run(steps[0](c, block, f, **last), block, values)
-    return run(steps[1](c, tree, f), tree, values)["logits"]
+    return run(steps[1](c, arrays, f), arrays, values)["logits"]
 
 
 # ------------------------------------------------------------------------------------------------ files
-def flatten(tree):
-    """{"wte": ..., "blocks.0.qkv": ...}: the names under which server.npz holds the arrays."""
-    return {**{k: v for k, v in tree.items() if k != "blocks"},
-            **{f"blocks.{i}.{k}": v for i, block in enumerate(tree["blocks"]) for k, v in block.items()}}
-
-
-def unflatten(arrays):
-    tree = {k: v for k, v in arrays.items() if not k.startswith("blocks.")}
-    tree["blocks"] = [{} for _ in range(1 + max(int(k.split(".")[1]) for k in arrays if k.startswith("blocks.")))]
-    for k, v in arrays.items():
-        if k.startswith("blocks."):
-            _, i, name = k.split(".")
-            tree["blocks"][int(i)][name] = v
-    return tree
-
-
 def load_weights(path):
-    """The tree of a server.npz. ValueError if it is missing, damaged or something else."""
+    """The arrays of a server.npz. ValueError if it is missing, damaged or something else."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            return unflatten({name: f[name] for name in f.files})
+            return dict(f)
     except Exception as e:  # a zip that breaks does so in many ways
         raise ValueError(f"{path} is not a whole server.npz ({type(e).__name__}): make it again with python pi_export.py") from e
 
@@ -436,8 +428,8 @@ def load_embedding(folder, public):
 
 
 def write(model, tokenizer, folder, export=export, embedding="private"):
-    """server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays made by `export`. Returns server.npz's, flat."""
-    arrays, data = flatten(export(model)), io.BytesIO()
+    """server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays made by `export`. Returns server.npz's."""
+    arrays, data = export(model), io.BytesIO()
     np.savez(data, wte=arrays["wte"], wpe=arrays["wpe"])
     public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer,
               "embedding": hashlib.sha256(data.getvalue()).hexdigest() if embedding == "public" else "private"}

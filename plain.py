@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from pi_export import drop_zero_biases, gain_and_shift, matmul, matrix, named, normalise, unheads, weights_in
+from pi_export import flat, gain_and_shift, matmul, matrix, named, normalise, unheads, weights_in
 
 
 def plain_export(model, dtype=np.float32):
@@ -28,8 +28,7 @@ def plain_export(model, dtype=np.float32):
 
     top = {"ln_f": gain_and_shift(model.ln_f)} if c.use_layernorm else {}
     wte = model.wte.weight.detach().numpy()
-    tree = {"wte": wte, "wpe": model.wpe.weight.detach().numpy(), "head": wte.T, **named(top), "blocks": [drop_zero_biases(block(b)) for b in model.blocks]}
-    return jax.tree.map(lambda a: np.asarray(a, dtype), tree)
+    return flat({"wte": wte, "wpe": model.wpe.weight.detach().numpy(), "head": wte.T, **named(top)}, map(block, model.blocks), dtype)
 
 
 def layer_norm(x, gain, *shift):
@@ -64,6 +63,6 @@ def plain_block_steps(c, block, f=None):
     return steps + [("matmul", "x", lambda x, h: x + h, ["x", "h"])]
 
 
-def plain_head_steps(c, tree, f=None):
-    n, W = "n" if c.use_layernorm else "x", weights_in(tree)
+def plain_head_steps(c, arrays, f=None):
+    n, W = "n" if c.use_layernorm else "x", weights_in(arrays)
     return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.use_layernorm + [("head", "logits", matmul, [n] + W("head"))]

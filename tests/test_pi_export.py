@@ -11,7 +11,7 @@ jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 import pi_export  # noqa: E402
-from pi_export import export, forward, load_weights  # noqa: E402
+from pi_export import export, forward, load_weights, of_block  # noqa: E402
 from plain import plain_block_steps, plain_export, plain_head_steps  # noqa: E402
 
 
@@ -39,10 +39,10 @@ def test_the_last_block_by_one_row(name):
     """The row that a next token needs, from a last block that computes no other: that row of the whole."""
     model, idx = build(**VARIANTS[name]), tokens(B=1, T=SMALL["block_size"])
     with jax.experimental.enable_x64():
-        tree, hot = export(model, np.float64), one_hot(idx[0])
-        whole = np.asarray(forward(tree, model.config, hot))
+        arrays, hot = export(model, np.float64), one_hot(idx[0])
+        whole = np.asarray(forward(arrays, model.config, hot))
         for row in (0, 5, len(hot) - 1):
-            one = np.asarray(forward(tree, model.config, hot, row=row))
+            one = np.asarray(forward(arrays, model.config, hot, row=row))
             assert one.shape == (1, SMALL["vocab_size"]) and np.abs(one[0] - whole[row]).max() < 1e-11 * max(1, np.abs(whole).max())
 
 
@@ -55,9 +55,9 @@ def test_a_singular_ffn_is_run(name):
         (ffn.w_ffn if name == "SM+ScFuFFN" else ffn.w_out).weight[:] = -(model.blocks[1].alpha * model.blocks[1].beta if name == "SM+ScFuFFN" else 1) * (
             torch.eye(8) if name == "SM+ScFuFFN" else torch.linalg.pinv(ffn.w_in.weight))
     with jax.experimental.enable_x64():
-        tree = export(model, np.float64)
-        logits = np.asarray(forward(tree, model.config, one_hot(idx[0])))
-    assert "ffn" in tree["blocks"][0] and np.abs(logits - model(idx)[0][0].detach().numpy()).max() < 1e-10
+        arrays = export(model, np.float64)
+        logits = np.asarray(forward(arrays, model.config, one_hot(idx[0])))
+    assert "blocks.0.ffn" in arrays and np.abs(logits - model(idx)[0][0].detach().numpy()).max() < 1e-10
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -74,10 +74,10 @@ def test_the_unfolded_form_is_the_same_model(name):
 def test_a_softmax_only_block_is_attention_alone():
     """Q, K, V in one matrix and the projection in the other: no FFN, no scale, no norm is left to multiply."""
     for name in ("SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN", "SM(th)+ScFuFFN"):
-        block = export(build(**ARCHITECTURES[name]))["blocks"][0]
+        block = of_block(export(build(**ARCHITECTURES[name])), 0)
         assert {k: v.shape for k, v in block.items()} == {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8)}, name
-    assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks"][0]["inverse_t"].shape == (2, 16, 1)
-    assert {k: v.shape for k, v in export(build(**ARCHITECTURES["SM+LN"]))["blocks"][0].items()} == \
+    assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks.0.inverse_t"].shape == (2, 16, 1)
+    assert {k: v.shape for k, v in of_block(export(build(**ARCHITECTURES["SM+LN"])), 0).items()} == \
         {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8), "ffn": (8, 8), "ffn_b": (8,)}
 
 
@@ -88,12 +88,12 @@ def test_a_trained_checkpoint(arch, data_dir, tmp_path):
         "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=4", "--sample_tokens=0", "--learning_rate=1e-2")
     run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out={tmp_path / 'private'}")
     public = json.loads((tmp_path / "private" / "public.json").read_text())
-    config, tree = GPTConfig(**public["config"]), load_weights(tmp_path / "private" / "server.npz")
+    config, arrays = GPTConfig(**public["config"]), load_weights(tmp_path / "private" / "server.npz")
     model = GPT.from_checkpoint(str(tmp_path / "ckpt.pt"))
     assert config == model.config and public["tokenizer"]["ranks"]
     assert public["shapes"] == {k: list(v.shape) for k, v in np.load(tmp_path / "private" / "server.npz").items()}
     idx = torch.from_numpy(np.fromfile(data_dir / "mine" / "val.bin", np.uint16)[:32].astype(np.int64))
-    logits = np.asarray(forward(tree, config, np.eye(config.vocab_size, dtype=np.float32)[idx.numpy()]))
+    logits = np.asarray(forward(arrays, config, np.eye(config.vocab_size, dtype=np.float32)[idx.numpy()]))
     wanted = model(idx[None])[0][0].detach().numpy()
     assert np.abs(logits - wanted).max() < 1e-4 and np.abs(wanted).max() > 1
 
