@@ -161,6 +161,13 @@ def test_softmax_of_one_row(in_the_clear, scale):
         assert np.abs(e - exact).max() < 4e-3 and not e[..., row + 1:].any() and not exact[..., row + 1:].any() and exact.max() == 1
 
 
+@pytest.mark.parametrize("T", [1, 128, 129, 300])
+def test_a_product_by_rows(T):
+    x, W, b = (np.random.default_rng(T).standard_normal(shape) for shape in ((T, 5), (5, 7), (7,)))
+    with jax.experimental.enable_x64():
+        assert np.allclose(pi_export.matmul(x, W, b), x @ W + b, atol=1e-12) and np.allclose(pi_export.matmul(x, W), x @ W, atol=1e-12)
+
+
 @pytest.mark.parametrize("V", [1, 2, 3, 8, 101])
 def test_argmax_by_a_tree(V):
     x = np.random.default_rng(V).standard_normal((5, V)).astype(np.float32)
