@@ -15,7 +15,8 @@ On two machines, after `python pi_export.py` on the server's and a copy of publi
 Each side listens on PORT for SPU's link; the server also on PORT + 1, where they greet, agree on the model and notice each
 other's death. With --protocol=aby3 a third party runs --role=helper, and --peer names the two others in the order client,
 server, helper. Semi-honest security: all follow the protocol. The server learns nothing of the prompt but that it fits the
-context; the client learns the result, and what public.json says: the architecture, the tokenizer.
+context; the client learns the result, and what public.json says: the architecture, the tokenizer; if the server exported with
+--embedding=public, also the embeddings.
 Exit status 0, or 1 with one line saying what went wrong on each side.
 """
 import hashlib
@@ -420,6 +421,9 @@ def main():
             die(f"no folder to write {path} into", 2)
     if chart and not chart.endswith(".png"):
         die(f"chart must end in .png, and is {chart!r}", 2)
+    if embedding == "public" and (role != "both" or measure_layers == 1):
+        die("--embedding is chosen by pi_export.py, and here for --role=both" if role != "both" else
+            "--measure_layers must be 0 or at least 2 with a public embedding: the first layer, its input the client's own, is cheaper than the rest", 2)
     if windows and (reveal == "token" or measure_layers or archs):
         die("--windows compares the logits of a whole trained model: not with --reveal=token, --measure_layers or --archs", 2)
     if network != "none" and protocol == "aby3":

@@ -52,7 +52,7 @@ def queries(ids, dealt):
     (T, buckets * QUERIES), which puts the answers into the order of ids (T,), so that
         wte[ids] = chosen @ (hot @ wte[dealt]).reshape(-1, d).
     Their shapes don't depend on ids, and the server sees them encrypted: it learns nothing. An exact lookup in a tenth of the products
-    of a one-hot matrix (T, V), 34 MB for GPT-2 small in place of 220. ids below 0 stand for no token. RuntimeError if a bucket
+    of a one-hot matrix (T, V), 35 MB for GPT-2 small in place of 220. ids below 0 stand for no token. RuntimeError if a bucket
     overflows, which has a probability below 2^-40: overflow().
     """
     hot = np.zeros((len(dealt), QUERIES, dealt.shape[1]), np.int32)

@@ -143,7 +143,8 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
     """
     One private forward pass. public: public.json's dict; weights: server.npz's arrays on the server, embedding.npz's on the client if
     the embedding is public, else None; ids: the prompt's tokens on the client, else None; reveal: "logits" or "token"; layers: how
-    many to run besides the last one (which plain has among them), 0 for all. With fewer than all only two pieces of the embedding are looked up, too, and the result means nothing.
+    many equal layers to run, 0 for all; the last one, which computes one row, comes besides (plain's is equal). With fewer than all
+    only two pieces of the embedding are looked up, and the result means nothing.
 
     Returns (result, costs). result, None but on the client: logits (V,) of the last position, or its most likely token, or
     with every_row the logits (T, V). costs: [(kind, times, cost of Party.run)] in the order run; times is how many equal

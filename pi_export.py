@@ -6,8 +6,9 @@ What a private inference engine should see of a model: few float32 matrices, and
 writes out/private/server.npz, the weights, which only the server may hold, and out/private/public.json, which both
 parties hold: the configuration, the shape of every array and the tokenizer, nothing that was learned from data but it (and, by
 the shapes, which biases are zero and whether the FFN was folded). With --embedding=public also out/private/embedding.npz for the
-client, who then looks its tokens up itself, for no bytes and no time; it learns the embeddings by it, and as GPT-2's output matrix
-is the same one (tied), most of that. The prompt stays its own.
+client, who then looks its tokens up itself, for no bytes and no time. It learns by it the embeddings and what is tied to them, the output
+matrix, but for the final LayerNorm's gain and bias, or in a softmax-only model, folded, both but for one unknown d x d matrix; by
+that and a revealed row of logits it also learns the last hidden row. The prompt stays its own.
 
 Under MPC a matrix product costs by its shape and every product of two secrets ends in a truncation, so whatever algebra
 can do in the clear is done here, once, in float64:
@@ -50,7 +51,7 @@ except ImportError:
 from model import GPT, load_checkpoint
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
-out = "out/private"   # folder for server.npz and public.json
+out = "out/private"   # folder for server.npz, public.json and, if the embedding is public, embedding.npz
 embedding = "private" # private | public, which gives the client token and position embeddings, and saves looking them up in private
 
 
@@ -309,8 +310,8 @@ SECURE = dict(normalise=secure_normalise, exponentials=secure_exponentials, row_
 
 
 def one_of_each(a, b):
-    """The first comparison, square and product of each kind, of a client's and a server's (2, 2): they make the engine's keys, whose cost is the set-up's."""
-    return jnp.maximum(square(a + b) @ (a + b), a) + (a + b) @ b
+    """A comparison, a product by entries and matrix products of a client's and a server's (2, 2): the first of each make the engine's keys, the set-up."""
+    return jnp.maximum(((a + b) * (a + b)) @ (a + b), a) + (a + b) @ b
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass
@@ -431,14 +432,17 @@ def load_embedding(folder, public):
 
 def write(model, tokenizer, folder, export=export, embedding="private"):
     """server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays made by `export`. Returns server.npz's."""
-    arrays, data = export(model), io.BytesIO()
-    np.savez(data, wte=arrays["wte"], wpe=arrays["wpe"])
+    arrays, data, path = export(model), io.BytesIO(), os.path.join(folder, "embedding.npz")
+    if embedding == "public":
+        np.savez(data, wte=arrays["wte"], wpe=arrays["wpe"])
     public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer,
               "embedding": hashlib.sha256(data.getvalue()).hexdigest() if embedding == "public" else "private"}
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, "server.npz"), lambda f: np.savez(f, **arrays))
     if embedding == "public":
-        write_whole(os.path.join(folder, "embedding.npz"), lambda f: f.write(data.getvalue()))
+        write_whole(path, lambda f: f.write(data.getvalue()))
+    elif os.path.exists(path):  # an earlier export's
+        os.remove(path)
     write_whole(os.path.join(folder, "public.json"), lambda f: f.write(json.dumps(public).encode()))
     return arrays
 

@@ -82,7 +82,7 @@ u = (s - m)[:, i, j].clip(-2) + 1
 share(s=s, e=e, u=u)
 packed = np.exp(LOGIT_UNIT * (u - 1))
 measure("a square of every causal logit", "x * x", lambda u: u * u, ["u"], u * u)
-measure("a square of every causal logit", "square_s, in blocks begun", engine_square, ["u"], u * u)
+measure("a square of every causal logit", "engine_square, in blocks begun", engine_square, ["u"], u * u)
 measure("a square of every causal logit", "square: whole blocks, the rest multiplied", square, ["u"], u * u)
 measure("exponential", "secure_exp, three squares", secure_exp, ["u"], packed)
 measure("row maxima", "of T x T", whole_max, ["s"], m[..., 0])

@@ -181,6 +181,18 @@ def test_a_public_embedding_is_the_clients_own_doing(exported, tmp_path):
     assert refused.returncode == 1 and len(out.splitlines()) == 1 and "embedding.npz" in out and "--embedding=public" in out
 
 
+def test_a_public_embedding_with_layer_norm(tmp_path):
+    """Whose first rows are then the client's own: cheaper than those of the other layers, so that the second layer is what stands for the rest."""
+    layer_norm = {}
+    for embedding, layers in (("private", 0), ("public", 0), ("public", 2)):
+        run("bench_spu.py", "--archs=sm_ln_r", f"--embedding={embedding}", *TINY, "--n_layer=4", f"--measure_layers={layers}", "--protocol=semi2k",
+            f"--json={tmp_path / 'r.json'}", timeout=200)
+        r = json.loads((tmp_path / "r.json").read_text())[0]
+        assert (r["max_abs_err"] or 0) < 0.02 and ("embedding" in r["bytes_by_kind"]) == (embedding == "private")
+        layer_norm[embedding, layers] = r["bytes_by_kind"]["LayerNorm"]
+    assert layer_norm["public", 2] == layer_norm["public", 0] < layer_norm["private", 0]
+
+
 def test_the_baseline_costs_more(tmp_path):
     """--baseline adds the same model as one would write it first: it gives the same token, for more bytes and more rounds."""
     out = run("bench_spu.py", "--archs=sm_ln_g", "--baseline=True", "--protocol=semi2k", *TINY, f"--json={tmp_path / 'r.json'}")
@@ -280,6 +292,8 @@ def test_another_model_is_refused(exported, tmp_path):
     (["--ckpt={folder}/ckpt.pt", "--windows=1", "--reveal=token"], 2, "--windows compares the logits"),
     (["--network=wan", "--protocol=aby3"], 2, "aby3 has three"),
     (["--measure_layers=-1"], 2, "measure_layers must be at least 0"),
+    (["--measure_layers=1", "--embedding=public"], 2, "or at least 2 with a public embedding"),
+    (["--role=server", "--embedding=public"], 2, "--embedding is chosen by pi_export.py"),
     (["--ckpt={folder}/ckpt.pt", "--json=nowhere/r.json"], 2, "no folder to write nowhere/r.json into"),
     (["--role=client", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}"], 2, "--role=client needs --public"),
     (["--role=client", "--public={public}", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}", "--tls={folder}"], 2, "ca.pem: --tls is a folder"),
