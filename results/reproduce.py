@@ -40,7 +40,8 @@ extra = ""              # further flags of every train.py run; to be kept apart 
 GPU = dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, eval_windows=512, eval_interval=500, log_interval=50)
 SEEDS, TUNING_SEED = (1337, 1338, 1339), 1
 EREG, T, SC = "ereg_sm_t_scfuffn", "sm_t_scfuffn", "sm_scfuffn"
-FAST = {"learning_rate": 4e-3, "temperature_init": 0.1}  # what the tuning seed chose
+TUNED_EREG = {"learning_rate": 4e-3, "temperature_init": 0.1}  # what the tuning seed chose for EReg
+TUNED_LN = {"learning_rate": 2e-3, "warmup": 0.2}             # and for SM+LN+G
 
 
 def row(label, config, published="", seeds=SEEDS[:1], **flags):
@@ -62,6 +63,7 @@ def ablation(*more, learning_rate=None, **temperature):
 
 
 BARE = [row("SM", "sm", "NaN", SEEDS), row("SM+ScFFN", "sm_scffn", "3.50", SEEDS), row("SM+ScFuFFN", SC, "3.48", SEEDS)]
+FIVE = [("SM+ScFuFFN", SC, "3.48"), ("EReg", EREG, "3.21"), ("SM+LN+G", "sm_ln_g", "2.69"), ("SM+G", "sm_g", "3.20"), ("SM+R", "sm_r", "2.94")]
 PROPOSAL = [row("EReg(SM(t)+ScFuFFN)", EREG, "3.21", SEEDS)]
 TABLES = {  # name: (what it is, what the published column shows, rows); the first row of a table is what the others are compared with
     "architectures": ("The configurations of the perplexity tables", "PPL", [
@@ -72,20 +74,21 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
         *(row(f"{name}, lr {lr:g}", config, "", [TUNING_SEED], learning_rate=lr) for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+LN+G", "sm_ln_g"))
           for lr in (1e-3, 2e-3, 4e-3)),
         row("SM+ScFuFFN, lr 0.008", SC, "", [TUNING_SEED], learning_rate=8e-3), row("SM+LN+G, lr 0.0005", "sm_ln_g", "", [TUNING_SEED], learning_rate=5e-4),
-        row("SM+LN+G, lr 0.002, warmup of 200 steps", "sm_ln_g", "", [TUNING_SEED], learning_rate=2e-3, warmup=0.2),
-        row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", [TUNING_SEED], **FAST),
-        *(row(f"EReg, lr 0.004, t from 0.1, lambda {x:g}", EREG, "", [TUNING_SEED], **FAST, **({} if x == 0.164 else {"lambda_entropy": x}))
+        *(row(f"{name}, lr {lr:g}, warmup 20%", config, "", [TUNING_SEED], learning_rate=lr, **flags, warmup=0.2) for name, config, lr, flags in (
+            ("SM+LN+G", "sm_ln_g", 2e-3, {}), ("SM+LN+G", "sm_ln_g", 4e-3, {}), ("SM+ScFuFFN", SC, 4e-3, {}), ("EReg, t from 0.1", EREG, 4e-3, {"temperature_init": 0.1}))),
+        row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", [TUNING_SEED], **TUNED_EREG),
+        *(row(f"EReg, lr 0.004, t from 0.1, lambda {x:g}", EREG, "", [TUNING_SEED], **TUNED_EREG, **({} if x == 0.164 else {"lambda_entropy": x}))
           for x in (0.164, 0.05, 0.5))]),
     "tuned": ("At the settings which the tuning seed chose, for each its own", "PPL", [
-        row("SM+ScFuFFN, lr 0.004", SC, "3.48", SEEDS, learning_rate=4e-3), row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", SEEDS, **FAST),
-        row("EReg(SM(t)+ScFuFFN), lr 0.004, t from 0.1", EREG, "3.21", SEEDS, **FAST),
-        row("SM+LN+G, lr 0.001", "sm_ln_g", "2.69", SEEDS)]),
+        row("SM+ScFuFFN, lr 0.004", SC, "3.48", SEEDS, learning_rate=4e-3), row("SM(t)+ScFuFFN, lr 0.004, t from 0.1", T, "", SEEDS, **TUNED_EREG),
+        row("EReg(SM(t)+ScFuFFN), lr 0.004, t from 0.1", EREG, "3.21", SEEDS, **TUNED_EREG),
+        row("SM+LN+G, lr 0.002, warmup 20%", "sm_ln_g", "2.69", SEEDS, **TUNED_LN)]),
     "gamma": ("Tolerance margin (Figures 6 and 7)", "heads in the top quarter", [
         row(f"EReg, gamma {g:g}", EREG, f"{p}%", **({} if g == 0.2 else {"gamma": g}))
         for g, p in ((0.2, 2.08), (0.0, "at most 0.7"), (0.05, "at most 0.7"), (0.1, "at most 0.7"), (0.15, 0.7), (0.25, 3.47), (0.3, 6.25))]),
     "ablation": ("Temperature and regularizer, each alone and together; one temperature per head for one per head and position", "PPL",
                  ablation(row("temperature alone, from 0.1", T, temperature_init=0.1))),
-    "ablation_tuned": ("The same at the tuned settings, learning rate 0.004 and temperatures from 0.1", "PPL", ablation(**FAST)),
+    "ablation_tuned": ("The same at the tuned settings, learning rate 0.004 and temperatures from 0.1", "PPL", ablation(**TUNED_EREG)),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)", "PPL", [
         BARE[2] | {"seeds": SEEDS[:1]}, BARE[1] | {"seeds": SEEDS[:1]}, *norms("ffn", "3.64", "3.63"), *norms("qk", "3.89", "4.25"),
         *norms("qk+ffn", "3.88", "4.23"), *norms("qkv+ffn", "3.93", "4.26"), *norms("qkvo+ffn", "3.98", "4.34")]),
@@ -93,11 +96,12 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
         row("EReg: lambda 0.164, per position, t from 0.01", EREG, "3.21"), *(row(f"lambda {x:g}", EREG, lambda_entropy=x) for x in (0.0164, 0.05, 0.5)),
         *(row(f"per head (Algorithm 1 as printed), lambda {x:g}", EREG, reduction="head", lambda_entropy=x) for x in (0.164, 0.05)),
         *(row(f"t from {x:g}", EREG, temperature_init=x) for x in (0.003, 0.1, 1.0))]),
-    "conditions": ("Do the orders hold at another learning rate, depth, number of tokens?", "PPL", [
-        *(row(f"{name}, lr 0.004", config, learning_rate=4e-3) for name, config in (
-            ("SM+ScFuFFN", SC), ("SM+LN+G", "sm_ln_g"), ("SM+LN+R", "sm_ln_r"), ("SM+LN", "sm_ln"), ("SM+G", "sm_g"), ("SM+R", "sm_r"), ("SM", "sm"), ("SM+ScFFN", "sm_scffn"))),
-        *(row(f"{name}, {what}", config, "", **flags) for what, flags in (("12 layers", {"n_layer": 12}), ("3 x the tokens", {"max_iters": 3000}))
-          for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+G", "sm_g"), ("SM+R", "sm_r"), ("SM+LN+G", "sm_ln_g")))]),
+    "warmed": ("The architectures at a learning rate of 0.002 and a warmup of 20% of the steps for 5%", "PPL", [
+        *(row(name, config, p, **TUNED_LN) for name, config, p in (
+            ("SM+LN+G", "sm_ln_g", "2.69"), ("SM+LN+R", "sm_ln_r", "2.76"), ("SM+LN", "sm_ln", "3.38"), ("SM+G", "sm_g", "3.20"), ("SM+R", "sm_r", "2.94"), ("SM", "sm", "NaN"),
+            ("SM+ScFFN", "sm_scffn", "3.50"), ("SM+ScFuFFN", SC, "3.48"))), row("EReg, t from 0.1", EREG, "3.21", **TUNED_LN, temperature_init=0.1)]),
+    "depth": ("Does the order hold at 12 layers?", "PPL", [row(f"{name}, 12 layers", config, p, n_layer=12) for name, config, p in FIVE]),
+    "tokens": ("Does it hold with three times the tokens?", "PPL", [row(f"{name}, 3 x the tokens", config, p, max_iters=3000) for name, config, p in FIVE]),
     "divergence": ("Softmax alone at the paper's width and depth, 3 sequences a step: 12 layers, width 768", "PPL", [
         row("SM, 12 x 768", "sm", "NaN", n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval_interval=1, eval_windows=3, log_interval=1)]),
 }
@@ -105,7 +109,7 @@ PICTURES = {  # file: runs side by side, seed 1337
     "entropy_architectures.png": [("sm_ln_g", {}), ("sm_g", {}), ("sm_r", {}), ("sm", {})],             # Figure 2
     "entropy_stabilised.png": [("sm", {"weight_norm": "ffn"}), ("sm", {"spectral_norm": "ffn"}), (SC, {}), (EREG, {})],  # Figures 4 and 5
     "entropy_temperature.png": [(T, {}), (T, {"temperature_init": 0.1}), (SC, {"entropy_reg": True}), (EREG, {})],
-    "entropy_tuned.png": [(SC, {"learning_rate": 4e-3}), (EREG, FAST)],
+    "entropy_tuned.png": [(SC, {"learning_rate": 4e-3}), (EREG, TUNED_EREG)],
     "entropy_gamma.png": [(EREG, {"gamma": g}) for g in (0.0, 0.1)] + [(EREG, {}), (EREG, {"gamma": 0.3})],       # Figures 6 and 7
 }
 
@@ -200,7 +204,7 @@ def draw_divergence(log, path):
 
 if __name__ == "__main__":
     given = configure(globals())
-    small = ("conditions", "divergence")  # tables of the small scale alone
+    small = ("warmed", "depth", "tokens", "divergence")  # tables of the small scale alone
     wanted = [name for name in TABLES if scale == "cpu" or name not in small] if not only else [] if only == "none" else only.split(",")
     if scale not in ("cpu", "gpu") or jobs < 1 or set(wanted) - set(TABLES):
         die(f"scale is cpu or gpu, jobs at least 1, only some of {', '.join(TABLES)}", 2)
@@ -256,7 +260,9 @@ if __name__ == "__main__":
     for name, chosen in PICTURES.items():
         paths = [folder(config, flags, SEEDS[0]) / "ckpt.pt" for config, flags in chosen]
         if all(result(config, flags, SEEDS[0]) and path.exists() for path, (config, flags) in zip(paths, chosen)):
-            draw([look(str(path)) for path in paths], into / name.replace(".png", f"{suffix}.png"))
+            seen = [look(str(path)) for path in paths]
+            titles = [run["arch"] + ("\n" + ", ".join(f"{k} {v}" for k, v in flags.items()) if flags else "") for run, (_, flags) in zip(seen, chosen)]
+            draw([run | {"arch": title} for run, title in zip(seen, titles)], into / name.replace(".png", f"{suffix}.png"))
     log = read_log(folder("sm", TABLES["divergence"][2][0]["flags"], SEEDS[0]) / "log.jsonl")
     if log:
         draw_divergence(log, into / f"divergence{suffix}.png")
