@@ -421,9 +421,10 @@ def main():
             die(f"no folder to write {path} into", 2)
     if chart and not chart.endswith(".png"):
         die(f"chart must end in .png, and is {chart!r}", 2)
-    if embedding == "public" and (role != "both" or measure_layers == 1):
-        die("--embedding is chosen by pi_export.py, and here for --role=both" if role != "both" else
-            "--measure_layers must be 0 or at least 2 with a public embedding: the first layer, its input the client's own, is cheaper than the rest", 2)
+    if embedding == "public" and role != "both":
+        die("--embedding is chosen by pi_export.py, and here for --role=both", 2)
+    if embedding == "public" and measure_layers == 1:
+        die("--measure_layers must be 0 or at least 2 with a public embedding: the first layer, its input the client's own, is cheaper than the rest", 2)
     if windows and (reveal == "token" or measure_layers or archs):
         die("--windows compares the logits of a whole trained model: not with --reveal=token, --measure_layers or --archs", 2)
     if network != "none" and protocol == "aby3":

@@ -262,6 +262,11 @@ def secure_row_exponentials(s, seen):
     return secure_exp(jnp.maximum(s - s.max(-1, keepdims=True), -2.0) + 1) * seen
 
 
+def sum_below(t, edges, terms):
+    """The sum of those terms[i] where t < edges[i], a few public numbers: all comparisons in one call, and all choices."""
+    return jnp.where(t < np.reshape(edges, (-1, *[1] * t.ndim)), jnp.stack(terms), 0.0).sum(0)
+
+
 def secure_reciprocal(s, most):
     """
     1 / s for s in [1, most] by three steps (four beyond 256) of Newton's r (2 - s r) from a line, one of three by where s lies: 2.7 KB
@@ -270,9 +275,8 @@ def secure_reciprocal(s, most):
     edge = 0.97 * (1.05 * most) ** (np.arange(4) / 3)
     slope = 8 / ((edge[:-1] + edge[1:]) ** 2 + 4 * edge[:-1] * edge[1:])
     level = slope * (edge[:-1] + edge[1:])
-    below = s < edge[1:3].reshape(2, *[1] * s.ndim)
-    change = jnp.stack([(level[i] - level[i + 1]) - (slope[i] - slope[i + 1]) * s for i in (0, 1)])
-    r = level[2] - slope[2] * s + jnp.where(below, change, 0.0).sum(0)
+    change = [(level[i] - level[i + 1]) - (slope[i] - slope[i + 1]) * s for i in (0, 1)]
+    r = level[2] - slope[2] * s + sum_below(s, edge[1:3], change)
     for _ in range(3 + (most > 256)):
         r = r * (2 - s * r)
     return r
@@ -290,8 +294,8 @@ def secure_gelu(x):
     relu = jnp.where(x > 0, x, 0.0)
     t = 2 * relu - x  # |x|
     t2, (b, *near), (c, *far) = square(t), GELU_NEAR, GELU_FAR
-    change = jnp.stack([k[0] * t2 + k[1] * t + k[2] for k in (np.subtract(near, far), far)])  # where t < c far, where t < b the rest to near
-    return relu + jnp.where(t < np.array([b, c]).reshape(2, *[1] * x.ndim), change, 0.0).sum(0)
+    change = [k[0] * t2 + k[1] * t + k[2] for k in (np.subtract(near, far), far)]  # where t < c far, where t < b the rest to near
+    return relu + sum_below(t, (b, c), change)
 
 
 def secure_argmax(x):
@@ -432,15 +436,14 @@ def load_embedding(folder, public):
 
 def write(model, tokenizer, folder, export=export, embedding="private"):
     """server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays made by `export`. Returns server.npz's."""
-    arrays, data, path = export(model), io.BytesIO(), os.path.join(folder, "embedding.npz")
-    if embedding == "public":
-        np.savez(data, wte=arrays["wte"], wpe=arrays["wpe"])
-    public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer,
-              "embedding": hashlib.sha256(data.getvalue()).hexdigest() if embedding == "public" else "private"}
+    arrays, path = export(model), os.path.join(folder, "embedding.npz")
+    public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer, "embedding": "private"}
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, "server.npz"), lambda f: np.savez(f, **arrays))
     if embedding == "public":
+        np.savez(data := io.BytesIO(), wte=arrays["wte"], wpe=arrays["wpe"])
         write_whole(path, lambda f: f.write(data.getvalue()))
+        public["embedding"] = hashlib.sha256(data.getvalue()).hexdigest()
     elif os.path.exists(path):  # an earlier export's
         os.remove(path)
     write_whole(os.path.join(folder, "public.json"), lambda f: f.write(json.dumps(public).encode()))

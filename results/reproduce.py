@@ -62,14 +62,13 @@ def ablation(*more, learning_rate=None, **temperature):
             row("per head, with the regularizer: EReg(SM(th)+ScFuFFN)", EREG, **lr, **temperature, temperature_per_head=True)]
 
 
-BARE = [row("SM", "sm", "NaN", SEEDS), row("SM+ScFFN", "sm_scffn", "3.50", SEEDS), row("SM+ScFuFFN", SC, "3.48", SEEDS)]
-FIVE = [("SM+ScFuFFN", SC, "3.48"), ("EReg", EREG, "3.21"), ("SM+LN+G", "sm_ln_g", "2.69"), ("SM+G", "sm_g", "3.20"), ("SM+R", "sm_r", "2.94")]
-PROPOSAL = [row("EReg(SM(t)+ScFuFFN)", EREG, "3.21", SEEDS)]
+UNREGULARIZED = [("SM+LN+G", "sm_ln_g", "2.69"), ("SM+LN+R", "sm_ln_r", "2.76"), ("SM+LN", "sm_ln", "3.38"), ("SM+G", "sm_g", "3.20"),
+                 ("SM+R", "sm_r", "2.94"), ("SM", "sm", "NaN"), ("SM+ScFFN", "sm_scffn", "3.50"), ("SM+ScFuFFN", SC, "3.48")]  # name, configuration, published
+FIVE = [UNREGULARIZED[7], ("EReg", EREG, "3.21"), *(UNREGULARIZED[i] for i in (0, 3, 4))]
 TABLES = {  # name: (what it is, what the published column shows, rows); the first row of a table is what the others are compared with
     "architectures": ("The configurations of the perplexity tables", "PPL", [
-        row("SM+LN+G", "sm_ln_g", "2.69", SEEDS), row("SM+LN+R", "sm_ln_r", "2.76", SEEDS), row("SM+LN", "sm_ln", "3.38", SEEDS),
-        row("SM+G", "sm_g", "3.20", SEEDS), row("SM+R", "sm_r", "2.94", SEEDS), *BARE, row("SM(t)+ScFuFFN", T, "", SEEDS),
-        row("SM(t)+ScFuFFN, t from 0.1", T, "", SEEDS, temperature_init=0.1), *PROPOSAL]),
+        *(row(*architecture, SEEDS) for architecture in UNREGULARIZED), row("SM(t)+ScFuFFN", T, "", SEEDS),
+        row("SM(t)+ScFuFFN, t from 0.1", T, "", SEEDS, temperature_init=0.1), row("EReg(SM(t)+ScFuFFN)", EREG, "3.21", SEEDS)]),
     "tuning": ("The learning rate and EReg's own settings, on a seed that no other table reports", "PPL", [
         *(row(f"{name}, lr {lr:g}", config, "", [TUNING_SEED], learning_rate=lr) for name, config in (("SM+ScFuFFN", SC), ("EReg", EREG), ("SM+LN+G", "sm_ln_g"))
           for lr in (1e-3, 2e-3, 4e-3)),
@@ -90,16 +89,14 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
                  ablation(row("temperature alone, from 0.1", T, temperature_init=0.1))),
     "ablation_tuned": ("The same at the tuned settings, learning rate 0.004 and temperatures from 0.1", "PPL", ablation(**TUNED_EREG)),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)", "PPL", [
-        BARE[2] | {"seeds": SEEDS[:1]}, BARE[1] | {"seeds": SEEDS[:1]}, *norms("ffn", "3.64", "3.63"), *norms("qk", "3.89", "4.25"),
+        row(*UNREGULARIZED[7]), row(*UNREGULARIZED[6]), *norms("ffn", "3.64", "3.63"), *norms("qk", "3.89", "4.25"),
         *norms("qk+ffn", "3.88", "4.23"), *norms("qkv+ffn", "3.93", "4.26"), *norms("qkvo+ffn", "3.98", "4.34")]),
     "lambda": ("Weight of the regularizer, both readings of Algorithm 1, and where the temperature starts", "PPL", [
         row("EReg: lambda 0.164, per position, t from 0.01", EREG, "3.21"), *(row(f"lambda {x:g}", EREG, lambda_entropy=x) for x in (0.0164, 0.05, 0.5)),
         *(row(f"per head (Algorithm 1 as printed), lambda {x:g}", EREG, reduction="head", lambda_entropy=x) for x in (0.164, 0.05)),
         *(row(f"t from {x:g}", EREG, temperature_init=x) for x in (0.003, 0.1, 1.0))]),
     "warmed": ("The architectures at a learning rate of 0.002 and a warmup of 20% of the steps for 5%", "PPL", [
-        *(row(name, config, p, **TUNED_LN) for name, config, p in (
-            ("SM+LN+G", "sm_ln_g", "2.69"), ("SM+LN+R", "sm_ln_r", "2.76"), ("SM+LN", "sm_ln", "3.38"), ("SM+G", "sm_g", "3.20"), ("SM+R", "sm_r", "2.94"), ("SM", "sm", "NaN"),
-            ("SM+ScFFN", "sm_scffn", "3.50"), ("SM+ScFuFFN", SC, "3.48"))), row("EReg, t from 0.1", EREG, "3.21", **TUNED_LN, temperature_init=0.1)]),
+        *(row(*architecture, **TUNED_LN) for architecture in UNREGULARIZED), row("EReg, t from 0.1", EREG, "3.21", **TUNED_LN, temperature_init=0.1)]),
     "depth": ("Does the order hold at 12 layers?", "PPL", [row(f"{name}, 12 layers", config, p, n_layer=12) for name, config, p in FIVE]),
     "tokens": ("Does it hold with three times the tokens?", "PPL", [row(f"{name}, 3 x the tokens", config, p, max_iters=3000) for name, config, p in FIVE]),
     "divergence": ("Softmax alone at the paper's width and depth, 3 sequences a step: 12 layers, width 768", "PPL", [
