@@ -99,6 +99,7 @@ TABLES = {  # name: (what it is, what the published column shows, rows); the fir
         *(row(*architecture, **TUNED_LN) for architecture in UNREGULARIZED), row("EReg, t from 0.1", EREG, "3.21", **TUNED_LN, temperature_init=0.1)]),
     "depth": ("Does the order hold at 12 layers?", "PPL", [row(f"{name}, 12 layers", config, p, n_layer=12) for name, config, p in FIVE]),
     "tokens": ("Does it hold with three times the tokens?", "PPL", [row(f"{name}, 3 x the tokens", config, p, max_iters=3000) for name, config, p in FIVE]),
+    "width": ("Does it hold at twice the width?", "PPL", [row(f"{name}, width 384", config, p, n_embd=384) for name, config, p in FIVE]),
     "divergence": ("Softmax alone at the paper's width and depth, 3 sequences a step: 12 layers, width 768", "PPL", [
         row("SM, 12 x 768", "sm", "NaN", n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval_interval=1, eval_windows=3, log_interval=1)]),
 }
@@ -201,7 +202,7 @@ def draw_divergence(log, path):
 
 if __name__ == "__main__":
     given = configure(globals())
-    small = ("warmed", "depth", "tokens", "divergence")  # tables of the small scale alone
+    small = ("warmed", "depth", "tokens", "width", "divergence")  # tables of the small scale alone
     wanted = [name for name in TABLES if scale == "cpu" or name not in small] if not only else [] if only == "none" else only.split(",")
     if scale not in ("cpu", "gpu") or jobs < 1 or set(wanted) - set(TABLES):
         die(f"scale is cpu or gpu, jobs at least 1, only some of {', '.join(TABLES)}", 2)
