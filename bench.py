@@ -7,6 +7,7 @@ How fast this machine trains: tokens/s, milliseconds a step, model FLOPs against
 A step is train.py's: forward, backward, clipping, fused AdamW; on random tokens. The cases of one T run in turn, so that a ratio
 between them is of one run. "explicit" is attention and then its entropy, by the textbook; without it, what model.py does.
 """
+import os
 import platform
 import statistics
 import time
@@ -82,6 +83,16 @@ configure(globals())
 device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
     die(f"device {device!r} can't be used here: cpu or, with an NVIDIA GPU, cuda", 2)
+for key, allowed in dict(dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no")).items():
+    if globals()[key] not in allowed:
+        die(f"{key} must be one of {', '.join(allowed)}, and is {globals()[key]!r}", 2)
+try:
+    lengths = [int(T) for T in block_sizes.split(",")]
+    gpt.GPTConfig(min(lengths), vocab_size, n_layer, n_head, n_embd)
+except ValueError as e:
+    die(f"--block_sizes={block_sizes} or the model's shape can't be: {e}", 2)
+if rounds < 1 or json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(json) or ".")):
+    die("rounds must be at least 1, and json a file in a folder that exists", 2)
 matmul_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and (device == "cuda" or torch.cpu._is_amx_tile_supported()) else torch.float32
 compile = "yes" if compile == "yes" or compile == "auto" and device == "cuda" else "no"
 torch.set_float32_matmul_precision("high")
@@ -93,7 +104,7 @@ machine = f"{name}, torch {torch.__version__}, {str(matmul_dtype)[6:]} matmuls, 
 print(f"{machine}; {n_layer} layers, {n_head} heads, width {n_embd}, vocabulary {vocab_size}\n"
       f"{'case':<16}{'T':>6}{'tokens/s':>12}{'ms a step':>12}{'of peak':>10}{'memory GB':>11}{'against no entropy':>20}")
 rows = []
-for T in map(int, block_sizes.split(",")):
+for T in lengths:
     cases, memory, seconds = {case: make_step(case, T) for case in CASES}, {}, {case: [] for case in CASES}
     for _ in range(rounds + 3):  # the first three warm up
         for case, (step, *_) in cases.items():

@@ -17,7 +17,7 @@ other's death. With --protocol=aby3 a third party runs --role=helper, and --peer
 server, helper. Semi-honest security: all follow the protocol. The server learns nothing of the prompt but that it fits the
 context; the client learns the result, and what public.json says: the architecture, the tokenizer; if the server exported with
 --embedding=public, also the embeddings.
-Exit status 0, or 1 with one line saying what went wrong on each side.
+Exit status 0; 1 with a line on each side that says what went wrong; 2 for a bad setting; 130 / 143 after Ctrl-C / SIGTERM.
 """
 import hashlib
 import os
@@ -57,7 +57,7 @@ measure_layers = 0       # > 0: run that many layers, the last one and two piece
 plain = False            # as one would write it first: jax.nn's functions, SPU's defaults, secret-shared weights
 baseline = False         # role both: each model with --plain first, and the ratio
 json = ""                # write the results: a JSON list of an object per architecture, or the client's own result
-logits_file = ""         # client: write all revealed logits as .npz
+logits_file = ""         # write all revealed logits as .npz; of several models, the last one's
 chart = ""               # role both: draw the bytes by kind of operation as a PNG
 timeout = 600            # seconds without a word in the middle of a step before giving up
 connect_timeout = 20     # seconds to wait for the other party at the start; half of it for the link once they have met
@@ -150,6 +150,8 @@ def one_party():
     shared = read_json(path)
     try:
         c = asdict(GPTConfig(**shared["config"]))
+        if plain != ("blocks.0.qk" in shared["shapes"]):
+            die("--plain takes other weights than pi_export.py writes: it is for --role=both, which exports them itself", 2)
         if role == "server":
             weights = load_weights(os.path.join(private, "server.npz"))
             if {k: list(v.shape) for k, v in weights.items()} != shared["shapes"]:
@@ -244,7 +246,7 @@ def both(model, tokenizer, val, plain=False):
     me, parties, c = [sys.executable, os.path.join(HERE, "bench_spu.py")], [], model.config
     roles = ROLES[:3 if protocol == "aby3" else 2]
     with tempfile.TemporaryDirectory() as folder:
-        secret, result, logits = (os.path.join(folder, name) for name in ("server", "result.json", "logits.npz"))
+        secret, result, logits = os.path.join(folder, "server"), os.path.join(folder, "result.json"), logits_file or os.path.join(folder, "logits.npz")
         write(model, tokenizer, secret, plain_export if plain else export, embedding)
         shared = os.path.join(secret, "public.json")
         ids, texts = tokenize(read_json(shared), prompt), held_out(read_json(shared), val) if windows else None
@@ -417,8 +419,8 @@ def main():
         if globals()[key] < least:
             die(f"{key} must be at least {least}, and is {globals()[key]}", 2)
     for path in filter(None, (json, logits_file, chart)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            die(f"no folder to write {path} into", 2)
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+            die(f"no folder to write {path} into, or it is one", 2)
     if chart and not chart.endswith(".png"):
         die(f"chart must end in .png, and is {chart!r}", 2)
     if embedding == "public" and role != "both":

@@ -118,7 +118,7 @@ def max_entropy(T):
 def max_causal_entropy(T):
     """
     log(T!)/T nats, the most a causal head can reach: row i sees only i keys, so at most log i, and this is the
-    mean over rows (3.87 at T = 128, where log T = 4.85).
+    mean over rows (3.88 at T = 128, where log T = 4.85).
     """
     return math.lgamma(T + 1) / T
 
@@ -381,9 +381,12 @@ def main():
     for run in runs:
         print(f"{run['arch']}: " + "\n".join(diagnosis(run)))
     print(table(runs))
-    draw(runs, picture)
-    with open(picture.removesuffix(".png") + ".json", "w") as f:
-        json.dump(runs, f, indent=1)
+    try:
+        draw(runs, picture)
+        with open(picture.removesuffix(".png") + ".json", "w") as f:
+            json.dump(runs, f, indent=1)
+    except OSError as e:
+        die(f"can't write {picture}: {e}")
     print(f"{picture}, {picture.removesuffix('.png')}.json")
 
 

@@ -27,6 +27,7 @@ CHUNK = 2048     # rows of the embedding a one-hot product takes: one for all wo
 BUCKETED = 8 * CHUNK  # from this vocabulary on, if T is 32 or more, the embedding is looked up by buckets (lookup.py)
 GROUP = 8        # buckets a product takes
 SCALE = 2.0**16  # the embedding is looked up as integers, exact to 1 / SCALE
+GONE = "the other party is gone (its process ended or the connection broke)"
 
 
 def quit_now(message):
@@ -324,7 +325,7 @@ def greet(rank, addresses, mine, timeout, tls=""):
         except OSError:
             word = ""
         if not word:
-            quit_now("the other party is gone (its process ended or the connection broke)")
+            quit_now(GONE)
         words.put(json.loads(word))
 
     for sock, lines, _ in met:
@@ -334,8 +335,11 @@ def greet(rank, addresses, mine, timeout, tls=""):
 
     def farewell(word):
         def say():
-            for sock, *_ in met:
-                sock.sendall(json.dumps(word).encode() + b"\n")
+            try:
+                for sock, *_ in met:
+                    sock.sendall(json.dumps(word).encode() + b"\n")
+            except OSError:
+                quit_now(GONE)
 
         if rank != 1:
             say()

@@ -28,7 +28,7 @@ block_steps() is a block over those arrays, a list of small steps, each a pure f
 party.py under MPC. x is one sequence (T, d), a head axis is written (H, T, .). The nonlinear functions come twice:
 EXACT, and SECURE as an engine computes them cheaply, with the identity each rests on. Prices are bytes per element, both
 directions, of SPU's Cheetah at 18 fraction bits: truncation 3, choice by a secret bit 16, comparison 82, square 147, product
-of secrets 221.
+of secrets 221 (in whole blocks; results/private_ledger.md measures the functions).
 """
 import hashlib
 import io
@@ -104,7 +104,8 @@ def bases(blocks, c):
 
 
 def fold_block(block, c, R=None, R_next=None):
-    """One block's arrays: "qkv" and "o", each W with its b, all there is of a softmax-only block in bases R, R_next; else also "ffn" or "in" and "up"."""
+    """One block's arrays: "qkv" and "o", each W with its b, all there is of a softmax-only block in bases R, R_next; else also
+    "ffn", or "in" and "up", and "beta"; "inverse_t" (H, T, 1) where there is a temperature per position."""
     d = c.n_embd
     W, b = matrix(block.attn.qk)
     Wv, bv = matrix(block.attn.v)
@@ -288,8 +289,8 @@ GELU_NEAR, GELU_FAR = (1.05, 0.28928367, -0.44328211, -0.00384552), (3.1, -0.034
 def secure_gelu(x):
     """
     GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.1, so two parabolas in |x| serve both sides, within 4e-3.
-    One square and three comparisons (the sign also makes |x|): 441 bytes; a quartic, twice as exact, takes 490, with a second square
-    in place of the third comparison.
+    One square and three comparisons (the sign also makes |x|): 441 bytes by the prices above; a quartic, twice as exact, 490, with a second
+    square in place of the third comparison.
     """
     relu = jnp.where(x > 0, x, 0.0)
     t = 2 * relu - x  # |x|
@@ -468,7 +469,7 @@ def main():
     except (OSError, ValueError) as e:
         die(e)
     print(f"{model.config.name}: {sum(p.numel() for p in model.parameters()):,} parameters in {ckpt} -> {len(arrays)} arrays of "
-          f"{sum(a.size for a in arrays.values()):,} numbers (embedding and head apart) in {out}/server.npz, shapes and tokenizer in {out}/public.json"
+          f"{sum(a.size for a in arrays.values()):,} numbers (the embedding twice, as table and as head) in {out}/server.npz, shapes and tokenizer in {out}/public.json"
           + f"; for the client also {out}/embedding.npz" * (embedding == "public"))
 
 

@@ -1,6 +1,6 @@
 """
 The baseline of private inference: the same model under MPC as one would write it first, with jax.nn's functions, the formulas of
-the paper as they stand, and nothing folded. What pi_export.py's forms are measured against (bench_spu.py --plain or --baseline).
+the paper as they stand, and nothing folded. What pi_export.py's forms are measured against (bench_spu.py --plain=True or --baseline=True).
 """
 import math
 from functools import partial

@@ -327,7 +327,10 @@ def perplexity(ce):
 
 def log(record):
     """Append a record to log.jsonl, and its numbers to TensorBoard or Weights & Biases if asked for."""
-    print(json.dumps(record), file=log_file, flush=True)
+    try:
+        print(json.dumps(record), file=log_file, flush=True)
+    except OSError as e:
+        die(f"can't write {log_path}: {e}. The last checkpoint is whole: free some space, then --init_from=resume")
     numbers = {k: v for k, v in record.items() if type(v) in (int, float)}
     if log_to == "tensorboard":
         for k, v in numbers.items():

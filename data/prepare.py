@@ -43,7 +43,7 @@ val_source = ""       # validation documents; if empty, 5% of the training docum
 column = ""           # the text column of a datasets source
 tokenizer = ""        # "train", or a tokenizer to convert
 tokenizer_source = ""  # documents to train the tokenizer on; the training documents if empty
-vocab_size = 0        # tokens of a trained tokenizer, the end-of-text token included; 4096 if 0
+vocab_size = 0        # tokens of a trained tokenizer, the end-of-text token included
 piece = -1            # > 0: cut documents to whole pieces of this many tokens, drop the rest; 0: one stream, <|endoftext|> between
 
 RECIPES = {
@@ -186,17 +186,20 @@ def convert_tokenizer(source):
         except Exception as e:
             die(f"no file {source}, and the hub did not give {source}'s tokenizer.json ({type(e).__name__}): download it "
                 f"elsewhere and pass --tokenizer=PATH")
-    spec = json.loads(path.read_text(encoding="utf-8"))
-    model, split = spec.get("model", {}), spec.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE" or split.get("type") != "ByteLevel" or split.get("add_prefix_space"):
-        die(f"{path} is not a byte-level BPE tokenizer without prefix space, the only kind that tiktoken can stand in for")
-    # ByteLevel writes each byte as a printable character: itself where printable, else the next one from 256 on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-    ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    order = [model["vocab"]["".join(merge)] for merge in merges]
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        model, split = spec.get("model", {}), spec.get("pre_tokenizer") or {}
+        if model.get("type") != "BPE" or split.get("type") != "ByteLevel" or split.get("add_prefix_space"):
+            die(f"{path} is not a byte-level BPE tokenizer without prefix space, the only kind that tiktoken can stand in for")
+        # ByteLevel writes each byte as a printable character: itself where printable, else the next one from 256 on
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+        special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+        ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        order = [model["vocab"]["".join(merge)] for merge in merges]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        die(f"{path} is not a whole byte-level BPE tokenizer.json ({type(e).__name__}: {e})")
     if order != sorted(order):  # tiktoken merges by token id, so the ids must be in the order of the merges
         die(f"{path}: its token ids are not in the order of its merges, so tiktoken would tokenize differently")
     if _EOT not in special:
@@ -240,12 +243,12 @@ def main():
     if "train_source" in given:
         given.setdefault("val_source", "")  # own documents are not validated on the recipe's
     globals().update({k: v for k, v in RECIPES[corpus].items() if k not in given})
+    if piece < 0:
+        die(f"piece must be at least 0, and is {piece}", 2)
     if corpus == "own" and not (train_source and name):
         die("your own text needs --train_source=FOLDER and --name=NAME", 2)
     if corpus == "pycode" and {"train_source", "val_source", "column"} & given.keys():
         die("pycode has its own source: leave out --corpus to prepare your own text", 2)
-    if val_source and val_source == train_source and Path(val_source).expanduser().is_file():
-        die(f"train_source and val_source are the same file, {val_source}: validating on training text says nothing", 2)
     name = name or corpus
     if name != os.path.basename(name) or name in (".", ".."):
         die(f"name must be a folder's name without slashes, and is {name!r}", 2)
@@ -282,6 +285,9 @@ def main():
     for part in parts:
         if not len(parts[part]):
             die(f"{train_source or corpus}: no document for {part}; give more documents, or a --val_source")
+    a, b = parts.values()
+    if len(a) == len(b) and (a[0], a[-1]) == (b[0], b[-1]):
+        die(f"train_source and val_source are the same text, {val_source}: validating on training text says nothing", 2)
 
     if tokenizer == "train":
         print(f"training a tokenizer of {vocab_size} tokens", flush=True)

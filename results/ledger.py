@@ -18,12 +18,14 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from bench_spu import free_addresses  # noqa: E402
-from configurator import configure  # noqa: E402
+from configurator import configure, die  # noqa: E402
 
 n_head, n_embd, block_size, vocab_size = 12, 768, 128, 50257
 into = str(HERE)
 
 configure(globals())
+if not os.path.isdir(into):
+    die(f"no folder {into} to write into", 2)
 ends = free_addresses(2)
 server = os.fork()  # before jax has threads
 rank = 0 if server else 1

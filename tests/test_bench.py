@@ -1,6 +1,7 @@
 """bench.py: every case is timed and told; what the numbers are is the machine's affair."""
 import json
 
+import pytest
 from conftest import run
 
 CASES = ["SM+LN+G", "SM+ScFuFFN", "SM(t)+ScFuFFN", "EReg, explicit", "EReg"]
@@ -18,5 +19,8 @@ def test_every_case_is_timed(tmp_path):
         assert f"{r['case']:<16}{r['T']:>6}" in out
 
 
-def test_a_device_that_is_not_there():
-    assert "error: device 'tpu' can't be used here" in run("bench.py", "--device=tpu", status=2)
+@pytest.mark.parametrize("argument, line", [("--device=tpu", "device 'tpu' can't be used here"), ("--dtype=bf16", "dtype must be one of auto, float32, bfloat16"),
+                                            ("--n_head=5", "cannot be split"), ("--block_sizes=16,a", "invalid literal for int"), ("--json=no/r.json", "a folder that exists")])
+def test_one_line_says_what_is_wrong(argument, line):
+    out = run("bench.py", argument, status=2)
+    assert out.startswith("error: ") and line in out and out.count("\n") == 1

@@ -281,6 +281,8 @@ def test_another_model_is_refused(exported, tmp_path):
     (["--role=client", "--public={public}", "--prompt=one two three four five six"], 1, "tokens and the model's context is 16"),
     (["--role=client", "--public={public}", "--prompt="], 1, "the prompt is empty"),
     (["--role=client", "--public=nowhere.json"], 1, "can't read nowhere.json"),
+    (["--role=client", "--public={public}", "--plain=True"], 2, "it is for --role=both"),
+    (["--ckpt={folder}/ckpt.pt", "--json={folder}"], 2, "or it is one"),
     (["--role=server", "--private={folder}/client"], 1, "not a whole server.npz"),
     (["--role=server", "--private={folder}/server", "--listen=here", "--peer=127.0.0.1:1"], 2, "--listen must be HOST:PORT"),
     (["--archs=sm_lng"], 2, "no architecture 'sm_lng'"),

@@ -239,8 +239,10 @@ def test_a_picture_says_what_is_wrong(data_dir, tmp_path):
         assert r["largest"] <= r["max_causal_entropy"] == max_causal_entropy(32) and sum(r["quartiles"]) == pytest.approx(1)
     assert set(seen[1]) - set(seen[0]) == {"alpha", "beta", "temperature", "temperature_range", "threshold"}
     assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "both.png").stat().st_size > 20000
+    folder.with_suffix(".png").mkdir()
     for arguments, status, sentence in ((["--out_dir=nowhere"], 1, "no checkpoint at nowhere/ckpt.pt"), (["--windows=0"], 2, "windows must be at least 1"),
-                                        ([f"--out_dir={folders[0]}", "--png=nowhere/a.png"], 2, "png must be a .png in a folder that exists")):
+                                        ([f"--out_dir={folders[0]}", "--png=nowhere/a.png"], 2, "png must be a .png in a folder that exists"),
+                                        ([f"--out_dir={folders[0]}", f"--png={folder.with_suffix('.png')}"], 1, "can't write")):
         assert sentence in run("entropy.py", *arguments, status=status)
     (tmp_path / "half.pt").write_bytes((folders[0] / "ckpt.pt").read_bytes()[:5000])
     assert "not a whole checkpoint" in run("entropy.py", f"--ckpt={tmp_path / 'half.pt'}", status=1)

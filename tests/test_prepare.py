@@ -116,9 +116,11 @@ def test_languini_style_books_from_local_files(source, tmp_path):
     (["--train_source={source}", "--name=x", "--tokenizer=gpt2"], "tiktoken could not download its encoding 'gpt2'"),
     (["--train_source={source}", "--name=x", "--tokenizer=no/tokenizer"], "no file no/tokenizer, and the hub did not give"),
     (["--train_source={source}", "--name=x", "--vocabsize=300"], "did you mean 'vocab_size'?"),
+    (["--train_source={source}", "--name=x", "--piece=-5"], "piece must be at least 0"),
+    (["--train_source={source}", "--name=x", "--val_source={source}"], "validating on training text says nothing"),
 ])
 def test_one_line_says_what_is_wrong(args, line, source, tmp_path):
-    status = 2 if any(word in line for word in ("corpus must", "needs --train", "did you mean", "its own source")) else 1
+    status = 2 if any(word in line for word in ("must be one", "needs --train", "did you mean", "its own source", "at least 0", "says nothing")) else 1
     out = run("data/prepare.py", f"--data_dir={tmp_path}", *(a.format(source=source) for a in args), status=status)
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: ") and line in last
@@ -155,7 +157,12 @@ def test_foreign_tokenizers_are_refused(source, tmp_path):
     path.write_text(json.dumps({"model": {"type": "Unigram"}}))
     assert "not a byte-level BPE" in run("data/prepare.py", *args, status=1)
     hugging_face_tokenizer(path, [p.read_text() for p in source.iterdir()])
-    spec = json.loads(path.read_text())
+    whole = path.read_text()
+    path.write_text(whole[:1000])
+    assert "not a whole byte-level BPE tokenizer.json (JSONDecodeError" in run("data/prepare.py", *args, status=1)
+    path.write_text(whole.replace('"def"', '"d\u4e00f"'))
+    assert "not a whole byte-level BPE tokenizer.json (KeyError" in run("data/prepare.py", *args, status=1)
+    spec = json.loads(whole)
     spec["model"]["merges"].reverse()
     path.write_text(json.dumps(spec))
     assert "not in the order of its merges" in run("data/prepare.py", *args, status=1)
