@@ -18,7 +18,7 @@ import torch
 
 import entropy
 import model as gpt
-from configurator import configure, die
+from configurator import configure, die, one_of
 
 block_sizes = "128,512,2048"  # context lengths
 tokens = 2048        # a step; at least one sequence
@@ -83,9 +83,7 @@ configure(globals())
 device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
     die(f"device {device!r} can't be used here: cpu or, with an NVIDIA GPU, cuda", 2)
-for key, allowed in dict(dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no")).items():
-    if globals()[key] not in allowed:
-        die(f"{key} must be one of {', '.join(allowed)}, and is {globals()[key]!r}", 2)
+one_of(globals(), dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"))
 try:
     lengths = [int(T) for T in block_sizes.split(",")]
     gpt.GPTConfig(min(lengths), vocab_size, n_layer, n_head, n_embd)

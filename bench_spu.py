@@ -35,7 +35,7 @@ from json import dumps, load, loads
 
 import numpy as np
 
-from configurator import configure, die
+from configurator import configure, die, one_of
 from relay import NETWORKS, host_port
 
 role = "both"            # both (all parties here, a process each) | client | server | helper (aby3's third)
@@ -411,10 +411,8 @@ def draw(results, path):
 
 def main():
     configure(globals())
-    for key, allowed in dict(role=("both", "client", "server", "helper"), protocol=("cheetah", "semi2k", "aby3"), network=("none", *NETWORKS),
-                             reveal=("logits", "token"), embedding=("private", "public")).items():
-        if globals()[key] not in allowed:
-            die(f"{key} must be one of {', '.join(allowed)}, and is {globals()[key]!r}", 2)
+    one_of(globals(), role=("both", "client", "server", "helper"), protocol=("cheetah", "semi2k", "aby3"), network=("none", *NETWORKS),
+           reveal=("logits", "token"), embedding=("private", "public"))
     for key, least in dict(measure_layers=0, windows=0, seed=0, timeout=1, connect_timeout=1).items():
         if globals()[key] < least:
             die(f"{key} must be at least {least}, and is {globals()[key]}", 2)

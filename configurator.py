@@ -28,6 +28,13 @@ def die(message, status=1):
     sys.exit(status)
 
 
+def one_of(settings, show=str, **allowed):
+    """Exit with status 2 and a line unless, for each key, settings[key] is one of allowed[key]. show: how the line writes those."""
+    for key, values in allowed.items():
+        if settings[key] not in values:
+            die(f"{key} must be one of {', '.join(map(show, values))}, and is {settings[key]!r}", 2)
+
+
 def cast(key, value, default, where):
     """`value` as the type of `default`, or die. An int is a fine float, and 1e3 a fine int."""
     kind = type(default)

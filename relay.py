@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import suppress
 
-from configurator import configure, die
+from configurator import configure, die, one_of
 
 network = "wan"      # wan | lan
 client = ""          # HOST:PORT where the client listens
@@ -97,8 +97,7 @@ def host_port(text, key):
 
 def main():
     configure(globals())
-    if network not in NETWORKS:
-        die(f"network must be one of {', '.join(NETWORKS)}, and is {network!r}", 2)
+    one_of(globals(), network=NETWORKS)
     to_client, to_server = Pipe(), Pipe()
     ends = {key: host_port(globals()[key], f"--{key}") for key in ("client", "server", "client_front", "server_front")}
     try:

@@ -27,7 +27,7 @@ from itertools import count
 import numpy as np
 import torch
 
-from configurator import configure, die, setting_names
+from configurator import configure, die, one_of, setting_names
 from data.prepare import load_tokenizer
 from entropy import EntropyRegularizer, describe, diagnosis, draw, max_causal_entropy, read_log
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
@@ -117,10 +117,8 @@ if init_from == "resume":
               f"--lr_decay_iters={checkpoint['settings']['max_iters']} would keep it")
 elif init_from != "scratch":
     die(f"init_from must be scratch or resume, and is {init_from!r}", 2)
-for key, allowed in dict(lr_decay=("linear", "cosine"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"),
-                         log_to=("", "tensorboard", "wandb"), reduction=("mean", "sum", "head")).items():
-    if globals()[key] not in allowed:
-        die(f"{key} must be one of {', '.join(map(repr, allowed))}, and is {globals()[key]!r}", 2)
+one_of(globals(), repr, lr_decay=("linear", "cosine"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"),
+       log_to=("", "tensorboard", "wandb"), reduction=("mean", "sum", "head"))
 for key in SETTINGS:  # no number of these means anything below 0, and none that counts what there must be, at 0
     value, least = globals()[key], int(key in ("batch_size", "grad_accum", "eval_interval", "eval_windows", "log_interval"))
     if not isinstance(value, str) and (not least <= value < math.inf or key.startswith("beta") and value >= 1):

@@ -33,7 +33,7 @@ import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import configure, die
+from configurator import configure, die, one_of
 
 corpus = "pycode"     # pycode, codeparrot, languini, or own: fills the settings left empty below
 name = ""             # folder under data_dir; the corpus's name if empty
@@ -238,8 +238,7 @@ def main():
     given = configure(globals())
     if train_source and "corpus" not in given:
         given["corpus"] = globals()["corpus"] = "own"
-    if corpus not in RECIPES:
-        die(f"corpus must be one of {', '.join(RECIPES)}, and is {corpus!r}", 2)
+    one_of(globals(), corpus=RECIPES)
     if "train_source" in given:
         given.setdefault("val_source", "")  # own documents are not validated on the recipe's
     globals().update({k: v for k, v in RECIPES[corpus].items() if k not in given})
