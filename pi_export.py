@@ -320,9 +320,14 @@ def one_of_each(a, b):
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass
+def by_rows(f):
+    """f, row by row anyway, on 128 rows at a time: as many bytes, and the engine's memory doesn't grow with T (its encoding of GPT-2 small's QKV: 7 GB)."""
+    return lambda x, *rest: jnp.concatenate([f(x[i:i + 128], *rest) for i in range(0, len(x), 128)])
+
+
 def matmul(x, W, *b):
-    """x W + b, 128 rows of x at a time: as many bytes, and the engine's encoding of W, 7 GB for GPT-2 small's QKV, doesn't grow with T."""
-    y = jnp.concatenate([x[i:i + 128] @ W for i in range(0, len(x), 128)])
+    """x W + b."""
+    y = by_rows(jnp.matmul)(x, W)
     return y + b[0] if b else y
 
 
@@ -370,7 +375,7 @@ def block_steps(c, block, f, last=False):
     if "in" in block:
         kind = "gelu" if c.use_gelu else "relu"
         steps += [("matmul", "h", matmul, [n] + W("in")),
-                  ({"gelu": "GELU", "relu": "ReLU"}[kind], "h", f["gelu_tanh" if c.use_gelu and c.gelu_tanh else kind], ["h"])]
+                  ({"gelu": "GELU", "relu": "ReLU"}[kind], "h", by_rows(f["gelu_tanh" if c.use_gelu and c.gelu_tanh else kind]), ["h"])]
         n, after = "h", W("up")
     if "beta" in block:
         return steps + [("matmul", "x", lambda x, n, beta, *w: beta * x + matmul(n, *w), ["x", n, "W.beta"] + after)]

@@ -92,6 +92,16 @@ compile = "auto"            # auto (on CUDA) | yes | no: torch.compile
 SETTINGS = setting_names(globals())
 given = configure(globals())
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until there is something to save
+
+
+def unhandled(kind, error, trace):
+    """Out of memory, on the CPU as on a GPU, is a line; any other exception as Python shows it."""
+    if not (kind in (MemoryError, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+        return sys.__excepthook__(kind, error, trace)
+    print("error: out of memory: a smaller batch_size with a larger grad_accum trains the same in less; checkpoints already written are whole", file=sys.stderr)
+
+
+sys.excepthook = unhandled
 out_dir, data_dir = os.path.expanduser(out_dir), os.path.expanduser(data_dir)
 MODEL_KEYS = [f.name for f in fields(GPTConfig)]
 HERE = {"out_dir", "init_from", "data_dir", "device", "dtype", "compile", "log_to"}  # not carried over by resume

@@ -143,6 +143,7 @@ MISTAKES = [
     (["--vocab_size=100"], 1, "ends at 99: leave vocab_size=0"),
     (["--block_size=100000"], 1, "one window takes 100001"),
     (["--device=cuda:99"], 1, "device 'cuda:99' can't be used"),
+    (["--vocab_size=2000000000"], 1, "out of memory: a smaller batch_size"),
     (["--out_dir=/dev/null/out"], 1, "can't write to /dev/null/out"),
 ] + [(["--log_to=tensorboard"], 1, "pip install tensorboard")] * (find_spec("tensorboard") is None)
 
