@@ -41,7 +41,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from configurator import configure, die
+from configurator import configure, die, one_of
 
 try:
     import jax
@@ -465,8 +465,7 @@ def write_whole(path, put):
 
 def main():
     configure(globals())
-    if embedding not in ("private", "public"):
-        die(f"embedding must be private or public, and is {embedding!r}", 2)
+    one_of(globals(), embedding=("private", "public"))
     try:
         checkpoint = load_checkpoint(ckpt)
         model = GPT.from_checkpoint(checkpoint)
