@@ -205,7 +205,8 @@ def only(diagonal, x):
 def secure_normalise(x):
     """
     normalise() by two matrix products: the variances are the diagonal of x x^T / d, and rows are scaled by diag(r) x. 13 MB for
-    128 x 768, where two products for every entry take 44; slower, as the engine's time goes into matrix products.
+    128 x 768, where two products for every entry take 44; slower, as the engine's time goes into matrix products. Both products have
+    rows x rows entries for rows that are wanted: more than 128 rows go by_rows.
     """
     x, diagonal = x - x.mean(-1, keepdims=True), np.eye(len(x), dtype=bool)
     y = x * (1 / math.sqrt(x.shape[-1]))  # before the product, which would overflow
@@ -321,7 +322,7 @@ def one_of_each(a, b):
 
 # ------------------------------------------------------------------------------------------------ the forward pass
 def by_rows(f):
-    """f, row by row anyway, on 128 rows at a time: as many bytes, and the engine's memory doesn't grow with T (its encoding of GPT-2 small's QKV: 7 GB)."""
+    """f, row by row anyway, on 128 rows at a time: no more bytes, and the engine's memory doesn't grow with T (its encoding of GPT-2 small's QKV: 7 GB)."""
     return lambda x, *rest: jnp.concatenate([f(x[i:i + 128], *rest) for i in range(0, len(x), 128)])
 
 
@@ -353,7 +354,7 @@ def block_steps(c, block, f, last=False):
         return split(q)[0] @ split(kv)[-2].transpose(0, 2, 1)
 
     n, q, kv = "n" if c.use_layernorm else "x", "q" if last else "qkv", "kv" if last else "qkv"
-    norm = [("LayerNorm", "n", f["normalise"], ["x"])] * c.use_layernorm
+    norm = [("LayerNorm", "n", by_rows(f["normalise"]), ["x"])] * c.use_layernorm
     steps = norm[:]
     if last:
         steps += [("matmul", "kv", lambda n, *w: matmul(n, *(a[..., d:] for a in w)), [n] + W("qkv"))]
