@@ -349,6 +349,7 @@ def log(record):
 
 def save():
     try:
+        os.makedirs(out_dir, exist_ok=True)  # it may have been moved away since the start
         save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), step=step, settings=settings, rng=torch.get_rng_state(),
                         regularizer=regularizer.state_dict() if regularizer else {}, data_sha256=meta["sha256"], tokenizer=tokenizer_spec)
     except OSError as e:

@@ -84,6 +84,17 @@ def test_a_signal_saves_and_the_run_goes_on(which, status, data_dir, tmp_path):
     assert [r["step"] for r in records(tmp_path) if r["event"] == "step"] == list(range(1, step + 4))
 
 
+def test_a_removed_out_dir_loses_no_weights(data_dir, tmp_path):
+    out_dir = tmp_path / "out"
+    args = [sys.executable, "train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=100000", "--log_interval=1"]
+    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as p:
+        next(line for line in p.stdout if line.startswith("step"))
+        shutil.rmtree(out_dir)
+        p.send_signal(signal.SIGTERM)
+        p.stdout.read()
+    assert p.returncode == 143 and torch.load(out_dir / "ckpt.pt", weights_only=True)["step"] > 0
+
+
 def test_divergence_is_reported_and_the_last_good_checkpoint_kept(data_dir, tmp_path):
     """Softmax alone, 12 layers deep and too fast: deep layers collapse and the gradient overflows within seconds."""
     out = run("train.py", "config/sm.py", "--device=cpu", "--dataset=mine", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--n_layer=12", "--n_head=4",
