@@ -161,7 +161,7 @@ def mean(values):
 
 def markdown(name, rows):
     title, column, _ = TABLES[name]
-    lines = [f"### {title}", "", "| | seeds | tokens | val. perplexity | spread over seeds | over the first | heads by quarter of the largest, % | entropy by layer, nats "
+    lines = [f"### {title} (`{name}`)", "", "| | seeds | tokens | val. perplexity | spread over seeds | over the first | heads by quarter of the largest, % | entropy by layer, nats "
              f"| tokens/s | published {column}, the paper's scale |", "|---|---|---|---|---|---|---|---|---|---|"]
     base = math.nan
     for r in rows:
