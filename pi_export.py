@@ -309,10 +309,15 @@ def secure_argmax(x):
     return index[:, 0]
 
 
+def by_rows(f):
+    """f, row by row anyway, on 128 rows at a time: no more bytes, and the engine's memory doesn't grow with T (its encoding of GPT-2 small's QKV: 7 GB)."""
+    return lambda x, *rest: jnp.concatenate([f(x[i:i + 128], *rest) for i in range(0, len(x), 128)])
+
+
 EXACT = dict(normalise=normalise, exponentials=exponentials, row_exponentials=exponentials, reciprocal=lambda s, most: 1 / s,
              gelu=partial(jax.nn.gelu, approximate=False), gelu_tanh=jax.nn.gelu, relu=jax.nn.relu)
-SECURE = dict(normalise=secure_normalise, exponentials=secure_exponentials, row_exponentials=secure_row_exponentials, reciprocal=secure_reciprocal,
-              gelu=secure_gelu, gelu_tanh=secure_gelu, relu=jax.nn.relu)
+SECURE = dict(normalise=by_rows(secure_normalise), exponentials=secure_exponentials, row_exponentials=secure_row_exponentials, reciprocal=secure_reciprocal,
+              gelu=by_rows(secure_gelu), gelu_tanh=by_rows(secure_gelu), relu=by_rows(jax.nn.relu))
 
 
 def one_of_each(a, b):
@@ -321,11 +326,6 @@ def one_of_each(a, b):
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass
-def by_rows(f):
-    """f, row by row anyway, on 128 rows at a time: no more bytes, and the engine's memory doesn't grow with T (its encoding of GPT-2 small's QKV: 7 GB)."""
-    return lambda x, *rest: jnp.concatenate([f(x[i:i + 128], *rest) for i in range(0, len(x), 128)])
-
-
 def matmul(x, W, *b):
     """x W + b."""
     y = by_rows(jnp.matmul)(x, W)
@@ -354,7 +354,7 @@ def block_steps(c, block, f, last=False):
         return split(q)[0] @ split(kv)[-2].transpose(0, 2, 1)
 
     n, q, kv = "n" if c.use_layernorm else "x", "q" if last else "qkv", "kv" if last else "qkv"
-    norm = [("LayerNorm", "n", by_rows(f["normalise"]), ["x"])] * c.use_layernorm
+    norm = [("LayerNorm", "n", f["normalise"], ["x"])] * c.use_layernorm
     steps = norm[:]
     if last:
         steps += [("matmul", "kv", lambda n, *w: matmul(n, *(a[..., d:] for a in w)), [n] + W("qkv"))]
@@ -376,7 +376,7 @@ def block_steps(c, block, f, last=False):
     if "in" in block:
         kind = "gelu" if c.use_gelu else "relu"
         steps += [("matmul", "h", matmul, [n] + W("in")),
-                  ({"gelu": "GELU", "relu": "ReLU"}[kind], "h", by_rows(f["gelu_tanh" if c.use_gelu and c.gelu_tanh else kind]), ["h"])]
+                  ({"gelu": "GELU", "relu": "ReLU"}[kind], "h", f["gelu_tanh" if c.use_gelu and c.gelu_tanh else kind], ["h"])]
         n, after = "h", W("up")
     if "beta" in block:
         return steps + [("matmul", "x", lambda x, n, beta, *w: beta * x + matmul(n, *w), ["x", n, "W.beta"] + after)]
