@@ -28,7 +28,7 @@ n_head = 6
 n_embd = 192
 vocab_size = 4096
 device = "auto"      # auto | cpu | cuda
-dtype = "auto"       # auto (bfloat16 on CUDA, and on a CPU with AMX) | float32 | bfloat16
+dtype = "auto"       # auto (bfloat16 on CUDA, and on a CPU with AMX or AVX512-BF16) | float32 | bfloat16
 compile = "auto"     # auto (on CUDA) | yes | no
 json = ""            # write the rows here as well
 
@@ -62,7 +62,7 @@ def make_step(case, T):
     parameters = [*model.parameters(), *(regularizer.parameters() if regularizer else ())]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     forward = torch.compile(model) if compile == "yes" else model
-    attention = (lambda q, k, v, _: entropy.explicit_attention_with_entropy(q, k, v)) if "explicit" in case else entropy.attention_with_entropy
+    attention = (lambda q, k, v, _: entropy.explicit_attention_with_entropy(q.float(), k.float(), v.float())) if "explicit" in case else entropy.attention_with_entropy
     x = torch.randint(vocab_size, (max(1, tokens // T), T), device=device)
 
     def step():
@@ -91,7 +91,8 @@ except ValueError as e:
     die(f"--block_sizes={block_sizes} or the model's shape can't be: {e}", 2)
 if rounds < 1 or json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(json) or ".")):
     die("rounds must be at least 1, and json a file in a folder that exists", 2)
-matmul_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and (device == "cuda" or torch.cpu._is_amx_tile_supported()) else torch.float32
+fast = device == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+matmul_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and fast else torch.float32
 compile = "yes" if compile == "yes" or compile == "auto" and device == "cuda" else "no"
 torch.set_float32_matmul_precision("high")
 torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, and says nothing

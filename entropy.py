@@ -63,14 +63,40 @@ def explicit_attention_with_entropy(q, k, v):
     return A @ v, attention_entropy(A)
 
 
+class _AttentionWithEntropy(torch.autograd.Function):
+    """
+    attention_with_entropy() of q / sqrt(d_k), k, v, each (N, T, d_k), keeping one T x T tensor: A. Its gradient by hand, as autograd
+    makes twice as many passes over T x T tensors. With g = dL/dy, h = dL/dH, the entropy adds one product to what attention alone takes:
+
+        dL/dA_ij = g_i . v_j - h_i s_ij = g_i . v_j - h_i q_i . k_j
+
+    through A alone: the logsumexp's gradient, sum_j A_ij ds_ij, cancels against that of s where it stands beside A.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        T = q.shape[-2]
+        future = torch.full((T, T), torch.finfo(q.dtype).min / 2, dtype=q.dtype, device=q.device).triu_(1)  # finite: A s is 0 there
+        s = (q @ k.mT).add_(future)
+        s.sub_(s.amax(-1, keepdim=True))
+        A = F.softmax(s, dim=-1)
+        ctx.save_for_backward(q, k, v, A)
+        # of logits at most 0, so that both terms are sums of what is positive: logsumexp is -log of the largest weight, at least 1/T
+        return A @ v, -A.amax(-1).log() - s.mul_(A).sum(-1)
+
+    @staticmethod
+    def backward(ctx, g, h):
+        q, k, v, A = ctx.saved_tensors
+        dA = (g @ v.mT).baddbmm_(q * -h[..., None], k.mT)
+        ds = torch._softmax_backward_data(dA, A, -1, A.dtype)  # A (dA - sum_j A dA), in one pass
+        return ds @ k, ds.mT @ q, A.mT @ g
+
+
 def attention_with_entropy(q, k, v, block_mask=None):
     """
     Causal softmax attention and its entropy: y = A v, A = softmax(s), s = q k^T / sqrt(d_k) over j <= i, and eq. 10,
 
-        H_i = -sum_j A_ij log A_ij = logsumexp_j s_ij - sum_j A_ij s_ij = logsumexp_j s_ij - q_i . (A k)_i / sqrt(d_k),
-
-    which widens the product A v by k instead of reading A again. Its gradient is that of the last term through A alone: the
-    logsumexp's, sum_j A_ij ds_ij, cancels against that of s where it stands beside A. Hence the detach() of q, k and logsumexp.
+        H_i = -sum_j A_ij log A_ij = logsumexp_j s_ij - sum_j A_ij s_ij = logsumexp_j s_ij - q_i . (A k)_i / sqrt(d_k).
 
     q, k, v: (B, H, T, d_k) -> y (B, H, T, d_k) in v's dtype, entropy (B, H, T) nats in float32 (float64 if q is). A temperature
     per query position (eq. 9) is a division of q by it, done by the caller. With a block_mask, causal_block_mask()'s, one call of
@@ -78,20 +104,10 @@ def attention_with_entropy(q, k, v, block_mask=None):
     """
     if block_mask is not None:
         return fused_attention_with_entropy(q, k, v, block_mask)
-    T, d_k = q.shape[-2:]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, values = q.to(dtype) / math.sqrt(d_k), k.to(dtype), v.to(dtype)
-    s = (q @ k.mT).add_(torch.full((T, T), float("-inf"), dtype=dtype, device=q.device).triu_(1))
-    A = F.softmax(s, dim=-1)
-    y, Ak = (A @ torch.cat((values, k.detach()), -1)).split((v.shape[-1], d_k), -1)
-    with torch.no_grad():
-        p = A.amax(-1)  # at least 1/T: its logarithm is safe
-        logsumexp = s.amax(-1) - p.log()
-        # Rounding grows with the logits, and those of a diverging model reach 1e9: keep to what p alone says of an entropy,
-        # at least -log p, at most the rest 1 - p spread evenly. A one-hot row gives 0.
-        most = -torch.xlogy(p, p) - torch.xlogy(1 - p, (1 - p) / max(1, T - 1))
-    entropy = logsumexp - (q.detach() * Ak).sum(-1)
-    return y.to(v.dtype), entropy + (entropy.clamp(-p.log(), most) - entropy).detach()
+    q, k, values = (t.to(dtype, memory_format=torch.contiguous_format).flatten(0, -3) for t in (q, k, v))
+    y, entropy = _AttentionWithEntropy.apply(q / math.sqrt(q.shape[-1]), k, values)
+    return y.view(v.shape).to(v.dtype), entropy.view(v.shape[:-1])
 
 
 def fused_attention_with_entropy(q, k, v, block_mask):

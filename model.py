@@ -115,12 +115,12 @@ class Attention(nn.Module):
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (*self.qk(x).split(d, dim=-1), self.v(x)))
         if hasattr(self, "log_temperature"):
             q = q / self.temperature[:, :T, None]  # row i of the logits divided by t_i is q_i divided by t_i
-        if v.dtype == torch.bfloat16 and v.device.type == "cpu":
-            q, k, v = q.float(), k.float(), v.float()  # bf16 attention is several times slower than fp32 there
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False):  # bf16 attention is slower than fp32 there
             if return_entropy:
                 y, entropy = attention_with_entropy(q, k, v, block_mask)
             else:
+                if v.dtype == torch.bfloat16 and v.device.type == "cpu":
+                    q, k, v = q.float(), k.float(), v.float()
                 y, entropy = F.scaled_dot_product_attention(q, k, v, is_causal=True), None
         return self.o(y.transpose(1, 2).reshape(B, T, d)), entropy
 

@@ -153,8 +153,8 @@ def choose_machine():
         if dtype != "float32":
             torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     elif kind == "cpu":
-        fast = torch.cpu._is_amx_tile_supported()
-        why = f"{torch.get_num_threads()} threads, {'has' if fast else 'no'} AMX, {'which makes bf16 fast' if fast else 'so bf16 would be slower'}"
+        unit = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+        fast, why = bool(unit), f"{torch.get_num_threads()} threads, " + (f"{unit} makes bf16 fast" if unit else "no AMX or AVX512-BF16: bf16 would be slower")
     else:
         fast, why = False, "bf16 untested there"
     bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
