@@ -128,8 +128,9 @@ def train(config, flags, seed):
     start = ["--init_from=resume", f"--out_dir={path}", f"--data_dir={data_dir}"] if (path / "ckpt.pt").exists() else \
         [f"config/{config}.py", *(f"--{k}={v}" for k, v in settings.items())]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if scale == "cpu" else {}
+    exact = ["--dtype=float32"] if scale == "cpu" else []  # whatever the processor does fastest: tables are to compare
     with open(path / "stdout.log", "a") as f:
-        process = subprocess.Popen([sys.executable, "train.py", *start, *extra.split()], cwd=ROOT, env=os.environ | threads, stdout=f,
+        process = subprocess.Popen([sys.executable, "train.py", *start, *exact, *extra.split()], cwd=ROOT, env=os.environ | threads, stdout=f,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # a Ctrl-C is ours to pass on, once
         running.append(process)
         if stopping:
