@@ -106,12 +106,13 @@ def attention_with_entropy(q, k, v, block_mask=None):
         return fused_attention_with_entropy(q, k, v, block_mask)
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, values = (t.to(dtype, memory_format=torch.contiguous_format).flatten(0, -3) for t in (q, k, v))
-    y, entropy = _AttentionWithEntropy.apply(q / math.sqrt(q.shape[-1]), k, values)
+    with torch.autocast(q.device.type, enabled=False):
+        y, entropy = _AttentionWithEntropy.apply(q / math.sqrt(q.shape[-1]), k, values)
     return y.view(v.shape).to(v.dtype), entropy.view(v.shape[:-1])
 
 
 def fused_attention_with_entropy(q, k, v, block_mask):
-    """attention_with_entropy() as one call of flex_attention with values [v, k]."""
+    """attention_with_entropy() as one call of flex_attention with values [v, k]; detach() leaves the gradient that _AttentionWithEntropy derives."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
     q = q.to(k.dtype)  # a temperature in float32 has widened it
     y, aux = flex_attention(q, k, torch.cat((v, k.detach()), -1), block_mask=block_mask, return_aux=AuxRequest(lse=True))

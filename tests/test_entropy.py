@@ -126,6 +126,16 @@ def test_bfloat16_attention_with_entropy(scale, plain, fused, monkeypatch):
         assert (entropy - wanted).abs().max() < {"plain": plain, "fused": fused}[name]
 
 
+def test_attention_with_entropy_is_float32_under_autocast():
+    """As a model on CUDA calls it uncompiled, the backward pass outside as in train.py: no product of it in bfloat16."""
+    q, k, v, dy = torch.randn(4, B, H, T, D).unbind()
+    dH = torch.randn(B, H, T)
+    wanted = values_and_gradients(attention_with_entropy, q, k, v, dy, dH)
+    under = torch.autocast("cpu", torch.bfloat16)(attention_with_entropy)
+    got = values_and_gradients(under, q, k, v, dy, dH)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
 def test_attention_with_entropy_keeps_one_T_by_T_tensor():
     q, k, v = (torch.randn(B, H, 64, D, requires_grad=True) for _ in range(3))
     kept = []
