@@ -91,8 +91,7 @@ except ValueError as e:
     die(f"--block_sizes={block_sizes} or the model's shape can't be: {e}", 2)
 if rounds < 1 or json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(json) or ".")):
     die("rounds must be at least 1, and json a file in a folder that exists", 2)
-fast = device == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-matmul_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and fast else torch.float32
+matmul_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and (device == "cuda" or gpt.cpu_bf16_unit()) else torch.float32
 compile = "yes" if compile == "yes" or compile == "auto" and device == "cuda" else "no"
 torch.set_float32_matmul_precision("high")
 torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, and says nothing

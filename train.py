@@ -30,7 +30,7 @@ import torch
 from configurator import configure, die, one_of, setting_names
 from data.prepare import load_tokenizer
 from entropy import EntropyRegularizer, describe, diagnosis, draw, max_causal_entropy, read_log
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, cpu_bf16_unit, load_checkpoint, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------ settings
 # The defaults are the small scale that runs anywhere; config/on_*.py are the paper's.
@@ -153,7 +153,7 @@ def choose_machine():
         if dtype != "float32":
             torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     elif kind == "cpu":
-        unit = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+        unit = cpu_bf16_unit()
         fast, why = bool(unit), f"{torch.get_num_threads()} threads, " + (f"{unit} makes bf16 fast" if unit else "no AMX or AVX512-BF16: bf16 would be slower")
     else:
         fast, why = False, "bf16 untested there"
