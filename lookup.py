@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-QUERIES = 6  # a bucket answers for one token each
+QUERIES = 8  # tokens a bucket answers for: SPU takes 1024 rows of a bucket at a time, and 8 x 1024 fill a ciphertext of 8192 numbers
 
 
 def overflow(T, V, side):
@@ -51,8 +51,8 @@ def queries(ids, dealt):
     The client's part of a bucketed lookup: hot (buckets, QUERIES, rows), one-hot rows of what it asks of each bucket, and chosen
     (T, buckets * QUERIES), which puts the answers into the order of ids (T,), so that
         wte[ids] = chosen @ (hot @ wte[dealt]).reshape(-1, d).
-    Their shapes don't depend on ids, and the server sees them encrypted: it learns nothing. An exact lookup in a tenth of the products
-    of a one-hot matrix (T, V), 35 MB for GPT-2 small in place of 220. ids below 0 stand for no token. RuntimeError if a bucket
+    Their shapes don't depend on ids, and the server sees them encrypted: it learns nothing. An exact lookup in an eighth of the products
+    of a one-hot matrix (T, V), 32 MB for GPT-2 small in place of 220. ids below 0 stand for no token. RuntimeError if a bucket
     overflows, which has a probability below 2^-40: overflow().
     """
     hot = np.zeros((len(dealt), QUERIES, dealt.shape[1]), np.int32)
