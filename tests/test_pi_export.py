@@ -78,7 +78,7 @@ def test_a_softmax_only_block_is_attention_alone():
         assert {k: v.shape for k, v in block.items()} == {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8)}, name
     assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks.0.inverse_t"].shape == (2, 16, 1)
     assert {k: v.shape for k, v in of_block(export(build(**ARCHITECTURES["SM+LN"])), 0).items()} == \
-        {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8), "ffn": (8, 8), "ffn_b": (8,)}
+        {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8), "o_b": (8,), "ffn": (8, 8), "ffn_b": (8,)}
 
 
 @pytest.mark.parametrize("arch", ["ereg_sm_t_scfuffn", "sm_ln_g", "sm_snorm_ffn"])
