@@ -76,7 +76,7 @@ class Party:
         config.enable_pphlo_profile = config.enable_hal_profile = True
         if not plain:
             config.experimental_enable_colocated_optimization = True  # private x secret is a third of secret x secret
-            config.fxp_exp_iters = 1  # pi_export.square
+            config.fxp_exp_iters = 1  # nonlinear.square
             # cheetah_2pc_config.enable_mul_lsb_error stays off: a quarter fewer bytes a product, and now and then 8192 of them wrong
             # beyond use, without a word (results/spu_lsb_error.py)
             # Not bound in Python: cheetah_2pc_config.ot_kind = EMP_Ferret, the same bytes in an eighth of the messages
@@ -154,7 +154,8 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
     import jax.numpy as jnp
     from lookup import QUERIES, buckets, queries
     from model import GPTConfig
-    from pi_export import SECURE, block_steps, head_steps, of_block, one_of_each, secure_argmax
+    from nonlinear import SECURE, secure_argmax
+    from pi_export import block_steps, head_steps, of_block, one_of_each
     from plain import plain_block_steps, plain_head_steps
     c, shapes = GPTConfig(**public["config"]), {k: tuple(v) for k, v in public["shapes"].items()}
     T, V, d, server, client = c.block_size, c.vocab_size, c.n_embd, party.rank == 1, party.rank == 0

@@ -8,7 +8,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from pi_export import flat, gain_and_shift, matmul, matrix, named, normalise, unheads, weights_in
+from nonlinear import normalise
+from pi_export import flat, gain_and_shift, matmul, matrix, named, unheads, weights_in
 
 
 def plain_export(model, dtype=np.float32):

@@ -1,5 +1,5 @@
 """
-Make the constants of pi_export.secure_exp and pi_export.secure_gelu, and say how far they are from the functions.
+Make the constants of nonlinear.secure_exp and nonlinear.secure_gelu, and say how far they are from the functions.
 
     python results/fit.py     # a minute
 """

@@ -1,5 +1,5 @@
 """
-What each form in pi_export.py and lookup.py saves, one by one: bytes, messages, seconds and largest error of the form and of the
+What each form in nonlinear.py and lookup.py saves, one by one: bytes, messages, seconds and largest error of the form and of the
 obvious one beside it, on the real engine (Cheetah), for one layer of the given shape. Two processes; writes private_ledger.{json,md}.
 
     python results/ledger.py                                       # GPT-2 small's, 5 minutes on 2 cores
@@ -34,8 +34,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from lookup import buckets, queries  # noqa: E402
 from party import CHUNK, GROUP, Party  # noqa: E402
-from pi_export import (LOGIT_UNIT, causal_row_max, engine_square, exponentials, normalise, one_of_each, only, secure_argmax, secure_exp,  # noqa: E402
+from nonlinear import (LOGIT_UNIT, causal_row_max, engine_square, exponentials, normalise, only, secure_argmax, secure_exp,  # noqa: E402
                        secure_exponentials, secure_gelu, secure_normalise, secure_reciprocal, secure_row_exponentials, square)
+from pi_export import one_of_each  # noqa: E402
 
 H, d, T, V, rng = n_head, n_embd, block_size, vocab_size, np.random.default_rng(0)
 dk, party, specs, rows = d // H, Party(rank, ends, "cheetah", 600, 60), {}, []

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 from bench_spu import free_addresses  # noqa: E402
 from configurator import configure  # noqa: E402
 from party import Party  # noqa: E402
-from pi_export import square  # noqa: E402
+from nonlinear import square  # noqa: E402
 
 lsb_error = True   # the setting
 seconds = 900      # how long to go on

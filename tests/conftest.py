@@ -38,3 +38,9 @@ def data_dir(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     run("data/prepare.py", f"--data_dir={folder}", f"--train_source={source}", "--name=mine", "--vocab_size=512")
     return folder
+
+
+@pytest.fixture
+def in_the_clear(monkeypatch):
+    """nonlinear.engine_square() as it is under the engine, where exp(x) is (1 + x/2)^2."""
+    monkeypatch.setattr("nonlinear.engine_square", lambda w: w * w)

@@ -10,8 +10,8 @@ from test_model import ARCHITECTURES, SMALL, build, tokens
 jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
-import pi_export  # noqa: E402
-from pi_export import export, forward, load_weights, of_block  # noqa: E402
+from nonlinear import SECURE  # noqa: E402
+from pi_export import export, forward, load_weights, matmul, of_block  # noqa: E402
 from plain import plain_block_steps, plain_export, plain_head_steps  # noqa: E402
 
 
@@ -111,72 +111,11 @@ def test_what_goes_wrong_is_said(tmp_path):
         load_weights(tmp_path / "server.npz")
 
 
-# ------------------------------------------------------------------------------------------------ the functions MPC affords
-@pytest.fixture
-def in_the_clear(monkeypatch):
-    """engine_square() as it is under the engine, where exp(x) is (1 + x/2)^2."""
-    monkeypatch.setattr(pi_export, "engine_square", lambda w: w * w)
-
-
-def test_the_exponential_fit(in_the_clear):
-    z = np.linspace(-10, 0, 100_001)
-    e = pi_export.secure_exp(z / pi_export.LOGIT_UNIT + 1)
-    assert np.abs(e - np.exp(z)).max() < 4e-3 and abs(e[0]) < 5e-5  # at the clip, where most of a sharp row may lie
-
-
-@pytest.mark.parametrize("most", [2, 16, 128, 512])
-def test_reciprocal_by_newton(most):
-    s = np.geomspace(0.98, 1.01 * most, 9_999).reshape(3, -1, 1)
-    assert np.abs(np.asarray(pi_export.secure_reciprocal(s, most)) * s - 1).max() < {2: 1e-6, 16: 1e-6, 128: 1e-4, 512: 1e-5}[most]
-
-
-@pytest.mark.parametrize("rows", [1, 5, 129, 300])
-def test_layernorm_by_matrix_products(rows):
-    x = (np.random.default_rng(0).standard_normal((rows, 32)) * 9 + 3).astype(np.float32)
-    step = pi_export.SECURE["normalise"]
-    assert np.abs(np.asarray(step(x)) - np.asarray(pi_export.normalise(x))).max() < 1e-5
-    assert f"[{rows},{rows}]" in str(jax.make_jaxpr(pi_export.secure_normalise)(x))
-    assert (f"[{rows},{rows}]" in str(jax.make_jaxpr(step)(x))) == (rows <= 128)  # its price stops growing with their square
-
-
-def test_the_gelu_fit(in_the_clear):
-    x = np.linspace(-20, 20, 100_001, dtype=np.float32)
-    for exact in (pi_export.EXACT["gelu"], pi_export.EXACT["gelu_tanh"]):
-        assert np.abs(np.asarray(pi_export.secure_gelu(x) - exact(x))).max() < 4e-3
-
-
-@pytest.mark.parametrize("T", [1, 2, 3, 7, 16, 33])
-@pytest.mark.parametrize("scale", [0.1, 2.0, 30.0])  # 30: logits hundreds below their row's largest, beyond the fit
-def test_causal_softmax_by_packing(in_the_clear, T, scale):
-    s = (scale * np.random.default_rng(0).standard_normal((3, T, T)) / pi_export.LOGIT_UNIT).astype(np.float32)
-    seen = np.where(np.tri(T, dtype=bool), s, -np.inf)
-    assert np.array_equal(np.asarray(pi_export.causal_row_max(s))[..., 0], seen.max(-1))
-    e, exact = np.asarray(pi_export.secure_exponentials(s)), np.asarray(pi_export.exponentials(s))
-    assert np.abs(e - exact).max() < 4e-3 and not e[:, ~np.tri(T, dtype=bool)].any()
-
-
-@pytest.mark.parametrize("scale", [0.1, 2.0, 30.0])
-def test_softmax_of_one_row(in_the_clear, scale):
-    s = (scale * np.random.default_rng(0).standard_normal((3, 1, 16)) / pi_export.LOGIT_UNIT).astype(np.float32)
-    for row in (0, 7, 15):
-        seen = np.tri(16, dtype=np.float32)[row:row + 1]
-        e, exact = np.asarray(pi_export.secure_row_exponentials(s, seen)), np.asarray(pi_export.exponentials(s, seen))
-        assert np.abs(e - exact).max() < 4e-3 and not e[..., row + 1:].any() and not exact[..., row + 1:].any() and exact.max() == 1
-
-
 @pytest.mark.parametrize("T", [1, 128, 129, 300])
 def test_a_product_by_rows(T):
     x, W, b = (np.random.default_rng(T).standard_normal(shape) for shape in ((T, 5), (5, 7), (7,)))
     with jax.experimental.enable_x64():
-        assert np.allclose(pi_export.matmul(x, W, b), x @ W + b, atol=1e-12) and np.allclose(pi_export.matmul(x, W), x @ W, atol=1e-12)
-
-
-@pytest.mark.parametrize("V", [1, 2, 3, 8, 101])
-def test_argmax_by_a_tree(V):
-    x = np.random.default_rng(V).standard_normal((5, V)).astype(np.float32)
-    x[0] = 1.0  # among equals any will do
-    found = np.asarray(pi_export.secure_argmax(x))
-    assert np.array_equal(x[np.arange(5), found], x.max(-1)) and np.array_equal(found[1:], x.argmax(-1)[1:])
+        assert np.allclose(matmul(x, W, b), x @ W + b, atol=1e-12) and np.allclose(matmul(x, W), x @ W, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["SM+LN+G", "SM+LN+R", "SM(t)+ScFuFFN"])
@@ -184,5 +123,5 @@ def test_the_secure_forward_pass_is_near_the_exact_one(in_the_clear, name):
     model, idx = GPT(GPTConfig(**SMALL, **ARCHITECTURES[name])).eval(), tokens(B=1)
     exact = model(idx)[0][0].detach().numpy()
     for row in (None, 9):
-        secure = np.asarray(forward(export(model), model.config, one_hot(idx[0], np.float32), pi_export.SECURE, row=row))
+        secure = np.asarray(forward(export(model), model.config, one_hot(idx[0], np.float32), SECURE, row=row))
         assert np.abs(secure - (exact if row is None else exact[row])).max() < 1e-2
