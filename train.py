@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from configurator import configure, die, one_of, setting_names
-from data.prepare import load_tokenizer
+from data.prepare import open_dataset
 from entropy import EntropyRegularizer, describe, diagnosis, draw, max_causal_entropy, read_log
 from model import GPT, GPTConfig, cpu_bf16_unit, load_checkpoint, save_checkpoint
 
@@ -181,36 +181,12 @@ autocast = torch.autocast(device_type, dtype_matmul) if dtype_matmul == torch.bf
 
 
 # ------------------------------------------------------------------------------------------------ data
-def open_data():
-    """(train tokens, val tokens, meta.json, tokenizer.json, its tokenizer) of the dataset; pycode is prepared if it isn't there."""
-    folder = os.path.join(data_dir, dataset)
+if dataset == "pycode" and not os.path.exists(os.path.join(data_dir, dataset, "meta.json")):
+    print("preparing pycode: the Python files of this interpreter's library and packages, once", flush=True)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prepare.py")
-    if not os.path.exists(os.path.join(folder, "meta.json")):
-        if dataset != "pycode":
-            where = "" if data_dir == "data" else f" --data_dir={data_dir}"
-            if dataset.split("_")[0] in ("codeparrot", "languini"):
-                piece = f" --piece={block_size} --name={dataset}" if dataset.startswith("codeparrot_") else ""
-                die(f"no dataset in {folder}: run python data/prepare.py --corpus={dataset.split('_')[0]}{piece}{where} on a machine "
-                    f"that reaches the Hugging Face hub, and copy {folder} here if that is another one")
-            die(f"no dataset in {folder}: prepare your own text with python data/prepare.py --name={dataset} --train_source=FOLDER{where}")
-        print("preparing pycode: the Python files of this interpreter's library and packages, once", flush=True)
-        if subprocess.run([sys.executable, script, f"--data_dir={data_dir}"]).returncode:
-            die("data/prepare.py failed, see above")
-    try:
-        meta, spec = (json.load(open(os.path.join(folder, f))) for f in ("meta.json", "tokenizer.json"))
-        train, val = (np.memmap(os.path.join(folder, f"{part}.bin"), dtype=np.uint16, mode="r") for part in ("train", "val"))
-        sizes = len(train), len(val)
-        told, _ = (meta["train_tokens"], meta["val_tokens"]), (meta["piece"], meta["vocab_size"], meta["sha256"])
-        if sizes != told:
-            raise ValueError(f"meta.json tells of {told} tokens, the bins hold {sizes}")
-        encoding = load_tokenizer(spec)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        die(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete that folder and prepare it again")
-    if meta["piece"] not in (0, block_size):
-        die(f"{folder} is cut into pieces of {meta['piece']} tokens and block_size is {block_size}: prepare it with --piece={block_size}")
-    if min(sizes) <= block_size:
-        die(f"{folder} has a part of only {min(sizes)} tokens, and one window takes {block_size + 1}: prepare more text")
-    return train, val, meta, spec, encoding
+    if subprocess.run([sys.executable, script, f"--data_dir={data_dir}"]).returncode:
+        die("data/prepare.py failed, see above")
+train_tokens, val_tokens, meta, tokenizer_spec, tokenizer = open_dataset(data_dir, dataset, block_size)
 
 
 def windows_of(tokens):
@@ -249,7 +225,6 @@ def unigram_perplexity():
     return math.exp(-log_p[y[y >= 0]].mean().item())
 
 
-train_tokens, val_tokens, meta, tokenizer_spec, tokenizer = open_data()
 vocab_size = vocab_size or meta["vocab_size"]
 largest = max(int(part[i:i + 2**26].max()) for part in (train_tokens, val_tokens) for i in range(0, len(part), 2**26))
 if largest >= vocab_size:

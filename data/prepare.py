@@ -233,6 +233,36 @@ def need_disk(folder, size):
         die(f"{folder} has {free / 1e9:.1f} GB free and this corpus may need {size / 1e9:.1f} GB: free some space, or set --data_dir")
 
 
+def open_dataset(data_dir, dataset, block_size):
+    """
+    What main() wrote into data_dir/dataset: (train tokens, val tokens, meta.json, tokenizer.json, its tokenizer), the tokens as memory maps.
+    Ends the program with one line if it is missing, damaged, or of no use to a model of block_size.
+    """
+    folder = os.path.join(data_dir, dataset)
+    if not os.path.exists(os.path.join(folder, "meta.json")):
+        where = "" if data_dir == "data" else f" --data_dir={data_dir}"
+        if dataset.split("_")[0] in ("codeparrot", "languini"):
+            piece = f" --piece={block_size} --name={dataset}" if dataset.startswith("codeparrot_") else ""
+            die(f"no dataset in {folder}: run python data/prepare.py --corpus={dataset.split('_')[0]}{piece}{where} on a machine "
+                f"that reaches the Hugging Face hub, and copy {folder} here if that is another one")
+        die(f"no dataset in {folder}: prepare your own text with python data/prepare.py --name={dataset} --train_source=FOLDER{where}")
+    try:
+        meta, spec = (json.load(open(os.path.join(folder, f))) for f in ("meta.json", "tokenizer.json"))
+        train, val = (np.memmap(os.path.join(folder, f"{part}.bin"), dtype=np.uint16, mode="r") for part in ("train", "val"))
+        sizes = len(train), len(val)
+        told, _ = (meta["train_tokens"], meta["val_tokens"]), (meta["piece"], meta["vocab_size"], meta["sha256"])
+        if sizes != told:
+            raise ValueError(f"meta.json tells of {told} tokens, the bins hold {sizes}")
+        encoding = load_tokenizer(spec)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        die(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete that folder and prepare it again")
+    if meta["piece"] not in (0, block_size):
+        die(f"{folder} is cut into pieces of {meta['piece']} tokens and block_size is {block_size}: prepare it with --piece={block_size}")
+    if min(sizes) <= block_size:
+        die(f"{folder} has a part of only {min(sizes)} tokens, and one window takes {block_size + 1}: prepare more text")
+    return train, val, meta, spec, encoding
+
+
 def main():
     global name
     given = configure(globals())
