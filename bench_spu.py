@@ -3,7 +3,7 @@ Run a model privately between two parties with SecretFlow SPU (two-party Cheetah
 the weights, and the client alone learns the logits of the next token. Then say what it cost, as the paper's tables do.
 
     python bench_spu.py --ckpt=out/ckpt.pt --prompt="def add(a, b):"      # both parties on this machine, two processes
-    python bench_spu.py --archs=sm_ln_g,sm_ln_r,sm_scfuffn --measure_layers=1   # the paper's Table 2, random weights
+    python bench_spu.py --archs=sm_ln_g,sm_ln_r,sm_scfuffn --timeout=3600   # the paper's Table 2, random weights
     python bench_spu.py --archs=sm_ln_g,sm_scfuffn --vocab_size=512 --n_layer=2 --n_embd=64 --n_head=2 --network=wan   # a toy, on a slow link
     python bench_spu.py --ckpt=out/ckpt.pt --windows=2                    # and how far secure is from plain on held-out text
 

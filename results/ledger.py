@@ -34,9 +34,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from lookup import buckets, queries  # noqa: E402
 from party import CHUNK, GROUP, Party  # noqa: E402
-from nonlinear import (LOGIT_UNIT, causal_row_max, engine_square, exponentials, normalise, only, secure_argmax, secure_exp,  # noqa: E402
+from model import GPTConfig  # noqa: E402
+from nonlinear import (EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only, secure_argmax, secure_exp,  # noqa: E402
                        secure_exponentials, secure_gelu, secure_normalise, secure_reciprocal, secure_row_exponentials, square)
-from pi_export import one_of_each  # noqa: E402
+from pi_export import last_attention_steps, one_of_each, run  # noqa: E402
 
 H, d, T, V, rng = n_head, n_embd, block_size, vocab_size, np.random.default_rng(0)
 dk, party, specs, rows = d // H, Party(rank, ends, "cheetah", 600, 60), {}, []
@@ -97,6 +98,8 @@ measure("softmax without its division", "a range known beforehand: no maxima, bu
 share(S=e.sum(-1, keepdims=True), y=(y := rng.normal(size=(H, T, dk))))
 measure("1 / sum", "SPU's", lambda S: 1 / S, ["S"], 1 / e.sum(-1, keepdims=True))
 measure("1 / sum", "secure_reciprocal", lambda S: secure_reciprocal(S, T), ["S"], 1 / e.sum(-1, keepdims=True))
+measure("A V", "all keys", lambda e, y: e @ y, ["e", "y"], e @ y)
+measure("A V", "one key short: A' (V' - v)", lambda e, y: e[..., :-1] @ (y[:, :-1] - y[:, -1:]), ["e", "y"], e[..., :-1] @ (y[:, :-1] - y[:, -1:]))
 measure("dividing by the sum", "the weights, T x T", lambda e, S: e * S, ["e", "S"], e * e.sum(-1, keepdims=True))
 measure("dividing by the sum", "what they weigh, T x d_k", lambda y, S: y * S, ["y", "S"], y * e.sum(-1, keepdims=True))
 x, W, ffn, yy = rng.normal(size=(T, d)) * 2, rng.normal(size=(2 * d, d)) / math.sqrt(d), rng.normal(size=(d, d)) / math.sqrt(d), rng.normal(size=(T, d))
@@ -115,6 +118,23 @@ measure("activation", "secure_gelu", secure_gelu, ["h"], np.asarray(jax.nn.gelu(
 share(row=s[:, -1:])
 own(0, seen=np.ones((1, T)))
 measure("the last block's softmax", "one row", lambda s, seen: secure_row_exponentials(s, seen), ["row", "seen"], e[:, -1:])
+own(0, last=np.eye(T)[-1:])
+own(1, QKV=(QKV := rng.normal(size=(d, 3 * d)) * np.repeat((0.01, 0.01, 0.03), d)))
+c, named = GPTConfig(block_size=T, n_head=H, n_embd=d, use_layernorm=False), {"x": x, "last": np.eye(T)[-1:], "seen": np.ones((1, T))}
+
+
+def by_keys(x, last, seen, W):
+    q, k, v = (a.reshape(len(a), H, dk).transpose(1, 0, 2) for a in (last @ x @ W[:, :d], *jnp.split(x @ W[:, d:], 2, 1)))
+    weights = secure_row_exponentials(q @ k.transpose(0, 2, 1), seen)
+    return (weights @ v * secure_reciprocal(weights.sum(-1, keepdims=True), T))[:, 0]
+
+
+def by_matrices(x, last, seen, W, f=SECURE):
+    return run(last_attention_steps(c, {"qkv": W}, f, "x"), {"qkv": W}, {"x": x, "last": last, "seen": seen})["y"].reshape(H, dk)
+
+
+for form, f in (("keys and values of all rows", by_keys), ("last_attention_steps", by_matrices)):
+    measure("the last block's attention, of one row", form, f, [*named, "QKV"], np.asarray(by_matrices(*named.values(), QKV, EXACT)))
 t = np.exp(rng.normal(size=(H, T, 1)) / 3)
 own(1, t=t)
 measure("temperature", "per head and position", lambda y, t: y * t, ["y", "t"], y * t)
