@@ -11,7 +11,7 @@ jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 from nonlinear import SECURE  # noqa: E402
-from pi_export import export, forward, load_weights, matmul, of_block  # noqa: E402
+from pi_export import export, forward, head_steps, load_weights, matmul, of_block  # noqa: E402
 from plain import plain_block_steps, plain_export, plain_head_steps  # noqa: E402
 
 
@@ -79,6 +79,18 @@ def test_a_softmax_only_block_is_attention_alone():
     assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks.0.inverse_t"].shape == (2, 16, 1)
     assert {k: v.shape for k, v in of_block(export(build(**ARCHITECTURES["SM+LN"])), 0).items()} == \
         {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8), "o_b": (8,), "ffn": (8, 8), "ffn_b": (8,)}
+
+
+def test_the_head_of_many_rows_goes_in_pieces():
+    """All of it at once took more than 24 GB at the paper's size; of the one row of a next token nothing is cut."""
+    rng, c = np.random.default_rng(0), GPTConfig(use_layernorm=False)
+    x, W, b = rng.normal(size=(5, 8)), rng.normal(size=(8, 5000)), rng.normal(size=5000)
+    (_, output, logits, inputs), = head_steps(c, {"head": W, "head_b": b}, SECURE)
+    assert (output, inputs) == ("logits", ["x", "W.head", "W.head_b"])
+    with jax.experimental.enable_x64():
+        assert np.abs(np.asarray(logits(x, W, b)) - (x @ W + b)).max() < 1e-12
+        columns = [[e.outvars[0].aval.shape[1] for e in jax.make_jaxpr(logits)(rows, W, b).eqns if e.primitive.name == "dot_general"] for rows in (x, x[:1])]
+    assert columns == [[2048, 2048, 904], [5000]]
 
 
 @pytest.mark.parametrize("arch", ["ereg_sm_t_scfuffn", "sm_ln_g", "sm_snorm_ffn"])
