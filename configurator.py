@@ -18,8 +18,8 @@ TYPES = (bool, int, float, str)
 
 
 def setting_names(namespace):
-    """The settings among a script's globals: every bool, int, float or str whose name has no leading underscore."""
-    return [k for k, v in namespace.items() if type(v) in TYPES and not k.startswith("_")]
+    """The settings among a script's globals: every bool, int, float or str in lower case; CONSTANTS and _private names aren't."""
+    return [k for k, v in namespace.items() if type(v) in TYPES and k.islower() and not k.startswith("_")]
 
 
 def die(message, status=1):

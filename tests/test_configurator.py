@@ -8,7 +8,7 @@ DEFAULTS = dict(steps=10, rate=0.1, name="a", fast=False)
 
 
 def settings():
-    return dict(DEFAULTS, __doc__="Usage.", helper=len, _hidden=3)
+    return dict(DEFAULTS, __doc__="Usage.", helper=len, _hidden=3, UNIT=5.0)
 
 
 def test_files_in_order_then_flags(tmp_path):
@@ -30,6 +30,7 @@ def test_numbers_as_people_write_them():
     (["--stpes=3"], "error: command line: unknown key 'stpes', did you mean 'steps'?"),
     (["--_hidden=3"], "unknown key '_hidden'"),
     (["--helper=3"], "unknown key 'helper'"),
+    (["--UNIT=2.0"], "unknown key 'UNIT'"),
     (["--steps=many"], "error: command line: steps must be int, like 10, and is 'many'"),
     (["--steps=1.5"], "steps must be int"),
     (["--fast=1"], "fast must be bool"),
@@ -63,7 +64,7 @@ def test_help_lists_the_settings(capsys):
     with pytest.raises(SystemExit) as stop:
         configure(settings(), ["--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and "Usage." in out and "--steps=10" in out and "_hidden" not in out
+    assert stop.value.code == 0 and "Usage." in out and "--steps=10" in out and "_hidden" not in out and "UNIT" not in out
 
 
 @pytest.mark.parametrize("scale", sorted(p.name for p in (ROOT / "config").glob("on_*.py")))
