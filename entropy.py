@@ -360,16 +360,17 @@ def look(path):
     try:
         tokens, log = np.fromfile(os.path.join(data, "val.bin"), np.uint16), read_log(log_path)
         with open(os.path.join(data, "meta.json")) as f:
-            sha256 = json.load(f)["sha256"]
-    except (OSError, ValueError, KeyError) as e:
+            meta = json.load(f)
+        sha256, pieces = meta["sha256"], meta["piece"] > 0
+    except (OSError, ValueError, KeyError, TypeError) as e:
         die(f"can't read the validation set {path} was trained beside, or its log: {e}; run this where its data is")
     if sha256 != checkpoint.get("data_sha256"):
         die(f"{path} was trained on other data than {data} holds now: run this where its data is")
     model = GPT.from_checkpoint(checkpoint)
     T, V = model.config.block_size, model.config.vocab_size
-    if len(tokens) <= T or tokens.max() >= V:
+    n = (len(tokens) - (not pieces)) // T  # train.py's windows
+    if n < 1 or tokens.max() >= V:
         die(f"{data} has {len(tokens)} validation tokens up to {tokens.max(initial=0)}, and the model takes {T + 1} or more below {V}: prepare it again")
-    n = (len(tokens) - 1) // T
     chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
     total = 0
     for some in np.array_split(chosen, -(-len(chosen) // 8)):

@@ -55,10 +55,10 @@ RECIPES = {
     "languini": dict(train_source="emozilla/pg19", val_source="emozilla/pg19", column="text", tokenizer="train", vocab_size=16384, piece=0,
                      tokenizer_source="Salesforce/wikitext:wikitext-103-raw-v1"),
 }
-_EOT = "<|endoftext|>"
-_VAL_SHARE = 0.05      # of documents, by hash, where the corpus has no validation set
-_BPE_SAMPLE = 32e6     # characters the tokenizer is trained on: more changes few merges and costs seconds
-_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own split
+EOT = "<|endoftext|>"
+VAL_SHARE = 0.05      # of documents, by hash, where the corpus has no validation set
+BPE_SAMPLE = 32e6     # characters the tokenizer is trained on: more changes few merges and costs seconds
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own split
 
 
 # ---------------------------------------------------------------------------------------------- documents
@@ -102,7 +102,7 @@ def digest(text):
 
 
 def read_source(source, column, split, flag):
-    """Documents of a file, folder or hub dataset, as a sequence of str. `flag` is the setting it came from, for the message."""
+    """Documents of a file, folder or hub dataset, as a sequence of str; a table's holes are None. `flag` is the setting it came from, for the message."""
     path = Path(source).expanduser()
     if path.exists():
         files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
@@ -131,6 +131,8 @@ def read_source(source, column, split, flag):
             f"elsewhere and pass its folder: --{flag}=FOLDER")
     if column not in rows.column_names:
         die(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}: set --column")
+    if getattr(rows.features[column], "dtype", "") not in ("string", "large_string"):
+        die(f"column {column!r} of {source} holds {rows.features[column]}, not text: set --column")
     return rows[column]
 
 
@@ -149,23 +151,23 @@ def tokenizer_spec(pattern, ranks, special):
 
 
 def train_tokenizer(documents, size):
-    """Byte-level BPE of size - 1 tokens and _EOT, trained on _BPE_SAMPLE characters of documents."""
+    """Byte-level BPE of size - 1 tokens and EOT, trained on BPE_SAMPLE characters of documents."""
     import rustbpe
     if size < 257:
-        die(f"vocab_size must be at least 257 (256 bytes and {_EOT}), and is {size}")
+        die(f"vocab_size must be at least 257 (256 bytes and {EOT}), and is {size}")
 
     def sample():
         seen = 0
         for text in documents:
-            yield text
-            seen += len(text)
-            if seen > _BPE_SAMPLE:
+            yield text or ""
+            seen += len(text or "")
+            if seen > BPE_SAMPLE:
                 return
 
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(sample(), size - 1)
     ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    return tokenizer_spec(bpe.get_pattern(), ranks, {_EOT: len(ranks)})
+    return tokenizer_spec(bpe.get_pattern(), ranks, {EOT: len(ranks)})
 
 
 def convert_tokenizer(source):
@@ -202,20 +204,20 @@ def convert_tokenizer(source):
         die(f"{path} is not a whole byte-level BPE tokenizer.json ({type(e).__name__}: {e})")
     if order != sorted(order):  # tiktoken merges by token id, so the ids must be in the order of the merges
         die(f"{path}: its token ids are not in the order of its merges, so tiktoken would tokenize differently")
-    if _EOT not in special:
-        die(f"{path} has no {_EOT} token")
-    return tokenizer_spec(_GPT2_PATTERN, ranks, special)
+    if EOT not in special:
+        die(f"{path} has no {EOT} token")
+    return tokenizer_spec(GPT2_PATTERN, ranks, special)
 
 
 # ---------------------------------------------------------------------------------------------- bins
 def write_bin(path, documents, encoding, piece):
     """Tokenize documents (a sequence of str), in parallel and in order, into uint16 tokens at path. Returns (tokens, utf-8 bytes)."""
     tokens = size = 0
-    end = [encoding.encode_single_token(_EOT)]
+    end = [encoding.encode_single_token(EOT)]
     todo = iter(documents)
     with open(path, "wb") as f, tqdm(total=len(documents), desc=f"tokenize {Path(path).stem}", unit="doc", mininterval=1) as bar:
         while batch := list(islice(todo, 512)):
-            batch = [text for text in batch if isinstance(text, str)]  # a table's text column may have holes
+            batch = [text for text in batch if text is not None]
             for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
                 ids = ids[:len(ids) // piece * piece] if piece else ids + end
                 np.array(ids, dtype=np.uint16).tofile(f)
@@ -258,8 +260,9 @@ def open_dataset(data_dir, dataset, block_size):
         die(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete that folder and prepare it again")
     if meta["piece"] not in (0, block_size):
         die(f"{folder} is cut into pieces of {meta['piece']} tokens and block_size is {block_size}: prepare it with --piece={block_size}")
-    if min(sizes) <= block_size:
-        die(f"{folder} has a part of only {min(sizes)} tokens, and one window takes {block_size + 1}: prepare more text")
+    least = block_size + (not meta["piece"])  # a piece has no next token
+    if min(sizes) < least:
+        die(f"{folder} has a part of only {min(sizes)} tokens, and one window takes {least}: prepare more text")
     return train, val, meta, spec, encoding
 
 
@@ -305,11 +308,11 @@ def main():
         documents = read_source(train_source, column, "train", "train_source")
     root.mkdir(parents=True, exist_ok=True)
     sample = list(islice(iter(documents), 1000))
-    need_disk(root, len(documents) * sum(len(text) for text in sample) / max(1, len(sample)))
+    need_disk(root, len(documents) * sum(len(text or "") for text in sample) / max(1, len(sample)))
     if val_source:
         parts = {"train": documents, "val": read_source(val_source, column, "validation", "val_source")}
     else:  # 32 bits of the hash as a number in [0, 1)
-        is_val = [int.from_bytes(digest(text)[-4:], "big") / 2**32 < _VAL_SHARE for text in documents]
+        is_val = [int.from_bytes(digest(text or "")[-4:], "big") / 2**32 < VAL_SHARE for text in documents]
         parts = {"train": [t for t, v in zip(documents, is_val) if not v], "val": [t for t, v in zip(documents, is_val) if v]}
     for part in parts:
         if not len(parts[part]):

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from conftest import run
 
-from data.prepare import _EOT as EOT
-from data.prepare import _GPT2_PATTERN as GPT2_PATTERN
-from data.prepare import load_tokenizer, train_tokenizer
+from data.prepare import EOT, GPT2_PATTERN, load_tokenizer, train_tokenizer
 
 
 def read(folder):
@@ -102,6 +100,18 @@ def test_languini_style_books_from_local_files(source, tmp_path):
         f"--tokenizer_source={tmp_path / 'wiki'}", "--vocab_size=300")
     meta, tokenizer, train, val = read(tmp_path / "languini")
     assert meta["vocab_size"] == 300 and meta["piece"] == 0 and (train == tokenizer.encode_single_token(EOT)).sum() == meta["train_documents"]
+
+
+def test_a_table_with_holes_and_one_without_text(source, tmp_path):
+    rows = [{"text": p.read_text(), "size": 1} for p in sorted(source.iterdir())]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"text": None, "size": 0}, *rows]))
+    args = (f"--data_dir={tmp_path}", f"--train_source={tmp_path / 't'}", "--name=mine", "--vocab_size=300")
+    assert "column 'size' of" in (out := run("data/prepare.py", *args, "--column=size", status=1)) and "not text: set --column" in out
+    run("data/prepare.py", *args)
+    meta, tokenizer, train, val = read(tmp_path / "mine")
+    texts = [text for part in (train, val) for text in tokenizer.decode(part.tolist()).split(EOT)[:-1]]
+    assert sorted(texts) == sorted(row["text"] for row in rows)
 
 
 @pytest.mark.parametrize("args, line", [

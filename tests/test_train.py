@@ -111,7 +111,14 @@ def test_divergence_is_reported_and_the_last_good_checkpoint_kept(data_dir, tmp_
 
 def test_pieces_are_trained_without_looking_over_their_edge(data_dir, source, tmp_path):
     run("data/prepare.py", f"--data_dir={tmp_path}", f"--train_source={source}", "--name=mine", "--vocab_size=300", "--piece=32")
-    run("train.py", *TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=5")
+    val = tmp_path / "mine" / "val.bin"
+    val.write_bytes(val.read_bytes()[:2 * 32])  # one piece is one window: what follows it is no one's to know
+    meta = tmp_path / "mine" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_tokens": 32}))
+    run("train.py", *TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=5", "--plot=False")
+    run("entropy.py", f"--out_dir={tmp_path / 'out'}")
+    seen, last = json.loads((tmp_path / "out" / "entropy.json").read_text())[0], [r for r in records(tmp_path / "out") if r["event"] == "eval"][-1]
+    assert torch.allclose(torch.tensor(seen["head_entropy"]), torch.tensor(last["head_entropy"]), atol=1e-3)
     out = run("train.py", *TINY, "--block_size=16", f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out2'}", status=1)
     assert "cut into pieces of 32 tokens and block_size is 16" in out
 
