@@ -340,6 +340,7 @@ def load_checkpoint(path):
     The dict that save_checkpoint wrote, on the CPU: "model", "model_config" and whatever train.py added.
     Raises OSError if it can't be read, ValueError if it is truncated, damaged or something else.
     """
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}: train one first with python train.py, or name another")
     with open(path, "rb"):

@@ -110,7 +110,7 @@ ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "l
 plot_path = os.path.join(out_dir, "entropy.png")
 
 checkpoint, resumed = None, init_from == "resume"
-if init_from == "resume":
+if resumed:
     try:
         checkpoint = load_checkpoint(ckpt_path)
         for key, value in checkpoint["settings"].items():
@@ -433,8 +433,9 @@ while True:
     if device_type != "cuda" or logged or step % eval_interval == 0 or signals:  # a look makes the host wait for the GPU
         if broken >= 0:
             step = broken.item()
-            batch = training_batch((step + 1) * grad_accum - 1)
-            diverged("the gradient is not finite" if training_loss(*batch)[0].isfinite() else "the loss is not finite", *batch)
+            batches = [training_batch(step * grad_accum + micro) for micro in range(grad_accum)]
+            bad = [batch for batch in batches if not training_loss(*batch)[0].isfinite()]
+            diverged("the loss is not finite" if bad else "the gradient is not finite", *(bad or batches)[-1])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds, since = seconds + time.time() - t0, since + 1
