@@ -79,7 +79,8 @@ PUBLISHED = {  # (n_layer, block_size): {arch: (GB, minutes)} of the paper's Tab
     (12, 512): {"SM+LN+G": (145.24, 30.74), "SM+LN+R": (81.71, 23.54), "SM+ScFuFFN": (69.68, 19.44)},
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
-AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model and SPU's version
+AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model, the code and its libraries
+CODE = ("lookup.py", "model.py", "nonlinear.py", "party.py", "pi_export.py", "plain.py")  # what both run: another of these would make garbage of the result
 
 
 # ------------------------------------------------------------------------------------------------ one party
@@ -131,12 +132,24 @@ def held_out(public, path):
     return in_vocabulary(np.stack([tokens[s:s + T + 1] for s in starts]), public["config"]["vocab_size"], path)
 
 
-def add_up(costs):
-    """The costs of party.infer() by kind: {kind: [bytes, messages, seconds, bytes of truncations]}."""
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def check_layers(embedding):
+    if embedding != "private" and measure_layers == 1:
+        die("--measure_layers must be 0 or at least 2 with a public embedding: the first layer, its input the client's own, is cheaper than the rest", 2)
+
+
+def totals(costs):
+    """The costs of party.infer() added up, in all and by kind of operation."""
     by_kind = {}
     for kind, times, cost in costs:
         by_kind[kind] = by_kind.get(kind, 0) + times * cost
-    return by_kind
+    total = sum(by_kind.values())
+    return {"bytes_total": int(total[0]), "bytes_by_kind": {k: int(v[0]) for k, v in by_kind.items()}, "bytes_of_truncations": int(total[3]),
+            "rounds": int(total[1]), "rounds_by_kind": {k: int(v[1]) for k, v in by_kind.items()},
+            "seconds": float(total[2]), "seconds_by_kind": {k: float(v[2]) for k, v in by_kind.items()}}
 
 
 def one_party():
@@ -144,11 +157,12 @@ def one_party():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the step that C++ is in
     from model import GPTConfig
     from party import ROLES, Party, greet, infer, quit_now
-    from pi_export import load_embedding, load_weights, write_whole
+    from pi_export import load_embedding, load_weights
     rank, weights, ids = ROLES.index(role), None, None
     path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
     shared = read_json(path)
     try:
+        check_layers(shared["embedding"])
         c = asdict(GPTConfig(**shared["config"]))
         if plain != ("blocks.0.qk" in shared["shapes"]):
             die("--plain takes other weights than pi_export.py writes: it is for --role=both, which exports them itself", 2)
@@ -163,6 +177,7 @@ def one_party():
         die(e)
     except (KeyError, TypeError):
         die(f"{path} is not a public.json: make it with python pi_export.py")
+    import jax
     import spu
     addresses = [":".join(map(str, host_port(a, "--peer"))) for a in peer.split(",")]
     addresses.insert(rank, ":".join(map(str, host_port(listen, "--listen"))))
@@ -172,8 +187,9 @@ def one_party():
         socket.create_server(host_port(listen, "--listen")).close()
     except OSError as e:
         die(f"can't listen on {listen}: {e}")
-    model = hashlib.sha256(dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
-    session, farewell = greet(rank, addresses, {"model": model, "SPU version": spu.__version__, **{k: globals()[k] for k in AGREED}}, connect_timeout, tls)
+    mine = {"model": digest(dumps(shared, sort_keys=True).encode()), "SPU version": spu.__version__, "jax version": jax.__version__,
+            "code": digest(b"".join(open(os.path.join(HERE, name), "rb").read() for name in CODE)), **{k: globals()[k] for k in AGREED}}
+    session, farewell = greet(rank, addresses, mine, connect_timeout, timeout, tls)
     started = time.time()
     try:
         party = Party(rank, addresses, protocol, timeout, connect_timeout / 2, tls, plain, session)
@@ -182,7 +198,16 @@ def one_party():
             print(f"{what}{stage:<24} {sum(cost[0] for _, _, cost in costs) / 1e6:10.1f} MB {time.time() - started:8.1f} s", file=party.terminal, flush=True)
 
         result, costs = infer(party, shared, weights, ids, told, measure_layers, reveal)
-        wall, all_logits = time.time() - started, []
+        if role == "client":  # told and written here: a window may fail yet
+            r = totals(costs) | {"seconds_wall": time.time() - started, "measured_layers": min(measure_layers or c["n_layer"], c["n_layer"])}
+            if r["measured_layers"] == c["n_layer"]:
+                token = r["token"] = int(result.argmax() if reveal == "logits" else result)
+                text = ""
+                if shared["tokenizer"] and token < tokenizer_of(shared).n_vocab:  # the model's vocabulary may be padded beyond it
+                    text = repr(tokenizer_of(shared).decode([token]))
+                print(f"next token: {token} {text}", file=party.terminal, flush=True)
+            keep(r, result, [])
+        all_logits = []
         for i in range(windows):
             all_logits.append(infer(party, shared, weights, texts[i][:-1] if ids is not None else None,
                                     lambda stage, costs: told(stage, costs, f"window {i + 1}/{windows}, "), every_row=True)[0])
@@ -194,26 +219,20 @@ def one_party():
     others = farewell({role: peak} if role == "server" else {})  # the client says nothing: its memory could tell of its text
     if role != "client":
         return
-    by_kind = add_up(costs)
-    total = sum(by_kind.values())
-    r = {"bytes_total": int(total[0]), "bytes_by_kind": {k: int(v[0]) for k, v in by_kind.items()}, "bytes_of_truncations": int(total[3]),
-         "rounds": int(total[1]), "rounds_by_kind": {k: int(v[1]) for k, v in by_kind.items()},
-         "seconds": float(total[2]), "seconds_by_kind": {k: float(v[2]) for k, v in by_kind.items()},
-         "seconds_wall": wall, "measured_layers": min(measure_layers or c["n_layer"], c["n_layer"]),
-         "peak_memory_bytes": {k: v for word in ({"client": peak}, *others) for k, v in word.items()}}
-    if not measure_layers or measure_layers >= c["n_layer"]:
-        token = r["token"] = int(result.argmax() if reveal == "logits" else result)
-        text = ""
-        if shared["tokenizer"] and token < tokenizer_of(shared).n_vocab:  # the model's vocabulary may be padded beyond it
-            text = repr(tokenizer_of(shared).decode([token]))
-        print(f"next token: {token} {text}", file=party.terminal, flush=True)
-        if reveal == "logits" and logits_file:
-            write_whole(logits_file, lambda f: np.savez(f, next=result, windows=np.array(all_logits, np.float32)))
+    r["peak_memory_bytes"] = {k: v for word in ({"client": peak}, *others) for k, v in word.items()}
     if windows:
         r |= {"windows": windows, "secure_perplexity": perplexity(np.array(all_logits), texts[:, 1:])}
         print(f"perplexity of {windows} x {c['block_size']} held-out tokens: {r['secure_perplexity']:.2f}", file=party.terminal, flush=True)
+    keep(r, result, all_logits)
+
+
+def keep(r, logits, of_windows):
+    """Write the client's result, and the revealed logits of a whole model, where asked for."""
     if json:
         write_json(json, r)
+    if logits_file and "token" in r and reveal == "logits":
+        from pi_export import write_whole
+        write_whole(logits_file, lambda f: np.savez(f, next=logits, windows=np.array(of_windows, np.float32)))
 
 
 def perplexity(logits, targets):
@@ -253,7 +272,7 @@ def both(model, tokenizer, val, plain=False):
         addresses = free_addresses(2 * len(roles))
         own = seen = addresses[:len(roles)]
         relay = None
-        common = [f"--{k}={globals()[k]}" for k in (*AGREED, "timeout", "connect_timeout", "seed", "tls") if k != "plain"] + [f"--plain={plain}"]
+        common = [f"--{k}={globals()[k]}" for k in (*AGREED, "timeout", "connect_timeout", "seed", "tls")] + [f"--plain={plain}"]
         extra = {"client": [f"--public={shared}", f"--prompt={prompt}", f"--windows_file={val}", f"--json={result}", f"--logits_file={logits}"],
                  "server": [f"--private={secret}"], "helper": [f"--public={shared}"]}
         try:
@@ -416,15 +435,16 @@ def main():
     for key, least in dict(measure_layers=0, windows=0, seed=0, timeout=1, connect_timeout=1).items():
         if globals()[key] < least:
             die(f"{key} must be at least {least}, and is {globals()[key]}", 2)
+    for key in ("private", "public", "windows_file", "tls", "json", "logits_file", "chart"):
+        globals()[key] = os.path.expanduser(globals()[key])
     for path in filter(None, (json, logits_file, chart)):
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            die(f"no folder to write {path} into, or it is one", 2)
-    if chart and not chart.endswith(".png"):
-        die(f"chart must end in .png, and is {chart!r}", 2)
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            die(f"can't write {path}: its folder is missing or not ours to write, or it is one itself", 2)
+    if chart and not (chart.endswith(".png") and find_spec("matplotlib")):
+        die(f"chart, {chart!r}, must end in .png, and drawing needs matplotlib: pip install matplotlib", 2)
     if embedding == "public" and role != "both":
         die("--embedding is chosen by pi_export.py, and here for --role=both", 2)
-    if embedding == "public" and measure_layers == 1:
-        die("--measure_layers must be 0 or at least 2 with a public embedding: the first layer, its input the client's own, is cheaper than the rest", 2)
+    check_layers(embedding)
     if windows and (reveal == "token" or measure_layers or archs):
         die("--windows compares the logits of a whole trained model: not with --reveal=token, --measure_layers or --archs", 2)
     if network != "none" and protocol == "aby3":
@@ -455,4 +475,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:  # a full disk
+        die(e)

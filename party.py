@@ -224,7 +224,7 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
         for name, shape in block.items():
             put(f"W.{name}", shape, 1, weights[f"blocks.{layer}.{name}"] if server else None)
         times = 1 if whole or layer + 1 < layers or layer == equal else equal - layer
-        for i, (kind, output, function, inputs) in enumerate(block_steps_of(c, block, SECURE, *[True] * (layer == equal))):
+        for i, (kind, output, function, inputs) in enumerate(block_steps_of(c, block, SECURE, layer == equal)):
             step(kind, output, function, inputs, f"step {i} {block.keys()} {layer == equal}", times)
         told(f"layer {layer + 1}/{c.n_layer}", costs)
 
@@ -265,18 +265,18 @@ def tls_context(folder, server):
     return context
 
 
-def greet(rank, addresses, mine, timeout, tls=""):
+def greet(rank, addresses, mine, connect_timeout, timeout, tls=""):
     """
     Meet the other parties on the server's PORT + 1 and compare what all must agree on, the dict `mine`: exits with a line if
-    one doesn't come within `timeout` seconds or differs. A thread for each then watches, and ends this process with a line
+    one doesn't come within `connect_timeout` seconds or differs. A thread for each then watches, and ends this process with a line
     when the other's dies.
 
     Returns (session, farewell): a name of this run that the server drew; farewell(word): tell the others the JSON value
-    `word`, and return theirs, when all have finished. The server answers last: nobody leaves while another still needs them.
+    `word`, and return theirs, when all have finished, or exit with a line after `timeout` seconds. The server answers last: nobody leaves while another still needs them.
     """
     host, port = addresses[1].rpartition(":")[0], int(addresses[1].rpartition(":")[2]) + 1
     context = tls_context(tls, rank == 1) if tls else None
-    deadline, met, words, session = time.time() + timeout, [], queue.Queue(), secrets.token_hex(8)
+    deadline, met, words, session = time.time() + connect_timeout, [], queue.Queue(), secrets.token_hex(8)
 
     def meet(sock):
         sock.settimeout(max(0.01, deadline - time.time()))
@@ -309,7 +309,7 @@ def greet(rank, addresses, mine, timeout, tls=""):
                     raise TimeoutError from None
                 time.sleep(0.2)
     except TimeoutError:
-        die(f"the other party did not come to {host}:{port} within {timeout} seconds: start it, or check --listen and --peer")
+        die(f"the other party did not come to {host}:{port} within {connect_timeout} seconds: start it, or check --listen and --peer")
     except ssl.SSLError as e:
         why = e.verify_message if isinstance(e, ssl.SSLCertVerificationError) else getattr(e, "reason", None) or e
         die(f"no secure connection at {host}:{port}: {why} (both sides need --tls, and certificates that the other's ca.pem signed)")

@@ -243,9 +243,8 @@ def block_steps(c, block, f, last=False):
         return steps
     steps, after = steps + norm, W("ffn")
     if "in" in block:
-        kind = "gelu" if c.use_gelu else "relu"
-        steps += [("matmul", "h", matmul, [n] + W("in")),
-                  ({"gelu": "GELU", "relu": "ReLU"}[kind], "h", f["gelu_tanh" if c.use_gelu and c.gelu_tanh else kind], ["h"])]
+        act = ("GELU", "h", f["gelu_tanh" if c.gelu_tanh else "gelu"], ["h"]) if c.use_gelu else ("ReLU", "h", f["relu"], ["h"])
+        steps += [("matmul", "h", matmul, [n] + W("in")), act]
         n, after = "h", W("up")
     if "beta" in block:
         return steps + [("matmul", "x", lambda x, n, beta, *w: beta * x + matmul(n, *w), ["x", n, "W.beta"] + after)]
@@ -257,12 +256,14 @@ def unheads(y):
     return y.transpose(1, 0, 2).reshape(y.shape[1], -1)
 
 
-def head_steps(c, arrays, f):
-    """The logits of rows x. Of many rows 2048 words at a time: SPU's encoding of 128 x 768 x 50257 at once takes more than 24 GB."""
-    def logits(x, W, *b):
-        y = jnp.hstack([matmul(x, W[:, i:i + 2048]) for i in range(0, W.shape[1], 2048)]) if len(x) > 1 else x @ W
-        return y + b[0] if b else y
+def logits(x, W, *b):
+    """x W + b. Of many rows 2048 words at a time: SPU's encoding of 128 x 768 x 50257 at once takes more than 24 GB."""
+    y = jnp.hstack([matmul(x, W[:, i:i + 2048]) for i in range(0, W.shape[1], 2048)]) if len(x) > 1 else x @ W
+    return y + b[0] if b else y
 
+
+def head_steps(c, arrays, f):
+    """The logits of rows x."""
     n = "n" if c.use_layernorm else "x"
     return [("head", "n", f["normalise"], ["x"])] * c.use_layernorm + [("head", "logits", logits, [n] + weights_in(arrays)("head"))]
 
@@ -286,8 +287,7 @@ def forward(arrays, c, one_hot, f=EXACT, steps=(block_steps, head_steps), row=No
         values |= {"last": np.eye(T, dtype=np.float32)[row:row + 1], "seen": np.tri(T, dtype=np.float32)[row:row + 1]}
     for i in range(c.n_layer):
         block = {k: v[:, :T] if k == "inverse_t" else v for k, v in of_block(arrays, i).items()}
-        last = {"last": True} if row is not None and i == c.n_layer - 1 else {}
-        run(steps[0](c, block, f, **last), block, values)
+        run(steps[0](c, block, f, row is not None and i == c.n_layer - 1), block, values)
     return run(steps[1](c, arrays, f), arrays, values)["logits"]
 
 
@@ -343,7 +343,7 @@ def main():
     try:
         checkpoint = load_checkpoint(ckpt)
         model = GPT.from_checkpoint(checkpoint)
-        arrays = write(model, checkpoint.get("tokenizer"), out, embedding=embedding)
+        arrays = write(model, checkpoint.get("tokenizer"), os.path.expanduser(out), embedding=embedding)
     except (OSError, ValueError) as e:
         die(e)
     print(f"{model.config.name}: {sum(p.numel() for p in model.parameters()):,} parameters in {ckpt} -> {len(arrays)} arrays of "

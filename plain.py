@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from nonlinear import normalise
-from pi_export import flat, gain_and_shift, matmul, matrix, named, unheads, weights_in
+from pi_export import flat, gain_and_shift, logits, matmul, matrix, named, unheads, weights_in
 
 
 def plain_export(model, dtype=np.float32):
@@ -36,14 +36,14 @@ def layer_norm(x, gain, *shift):
     return normalise(x) * gain + sum(shift)
 
 
-def plain_block_steps(c, block, f=None):
-    """block_steps() over plain_export()'s arrays, with jax.nn's functions and the formulas of the paper as they stand."""
+def plain_block_steps(c, block, f=None, last=False):
+    """block_steps() over plain_export()'s arrays, with jax.nn's functions and the formulas of the paper as they stand; the last as the others."""
     W, H, n = weights_in(block), c.n_head, "n" if c.use_layernorm else "x"
 
     def norm(name):
         return [("LayerNorm", "n", layer_norm, ["x"] + W(name))] * c.use_layernorm
 
-    def logits(qk, *inverse_t):
+    def scores(qk, *inverse_t):
         q, k = qk.reshape(len(qk), 2, H, -1).transpose(1, 2, 0, 3)
         return (q * inverse_t[0] if inverse_t else q) @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1])
 
@@ -51,7 +51,7 @@ def plain_block_steps(c, block, f=None):
         return jax.nn.softmax(s, where=np.tri(s.shape[-1], dtype=bool))
 
     steps = norm("ln_1") + [("matmul", "qk", matmul, [n] + W("qk")), ("matmul", "v", matmul, [n] + W("v")),
-                            ("matmul", "s", logits, ["qk"] + ["W.inverse_t"] * c.learnable_temperature), ("softmax", "a", softmax, ["s"]),
+                            ("matmul", "s", scores, ["qk"] + ["W.inverse_t"] * c.learnable_temperature), ("softmax", "a", softmax, ["s"]),
                             ("matmul", "y", lambda a, v: unheads(a @ v.reshape(len(v), H, -1).transpose(1, 0, 2)), ["a", "v"]),
                             ("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))] + norm("ln_2")
     if c.fuse_ffn:
@@ -66,4 +66,4 @@ def plain_block_steps(c, block, f=None):
 
 def plain_head_steps(c, arrays, f=None):
     n, W = "n" if c.use_layernorm else "x", weights_in(arrays)
-    return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.use_layernorm + [("head", "logits", matmul, [n] + W("head"))]
+    return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.use_layernorm + [("head", "logits", logits, [n] + W("head"))]

@@ -33,8 +33,8 @@ def nothing_survives():
         STARTED.pop().kill()
 
 
-def popen(*args, cwd=ROOT):
-    STARTED.append(subprocess.Popen([sys.executable, str(ROOT / "bench_spu.py"), *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+def popen(*args, cwd=ROOT, script=ROOT / "bench_spu.py"):
+    STARTED.append(subprocess.Popen([sys.executable, str(script), *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
                                     stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}))
     return STARTED[-1]
 
@@ -263,17 +263,23 @@ def test_an_end_from_outside_leaves_no_party(exported):
     raise AssertionError("a party survived")
 
 
-def test_another_model_is_refused(exported, tmp_path):
+@pytest.mark.parametrize("what", ["model", "code"])
+def test_another_model_and_other_code_are_refused(what, exported, tmp_path):
     folder, _ = exported
     c, s = ports(2)
-    other = json.loads((folder / "client" / "public.json").read_text())
-    other["config"]["n_head"] = 4
-    (tmp_path / "public.json").write_text(json.dumps(other))
+    shutil.copytree(ROOT, tmp_path / "repo", ignore=shutil.ignore_patterns(".*", "out", "results", "tests", "*.bin", "__pycache__"))
+    public = json.loads((folder / "client" / "public.json").read_text())
+    if what == "model":
+        public["config"]["n_head"] = 4
+    else:
+        nonlinear = tmp_path / "repo" / "nonlinear.py"
+        nonlinear.write_text(nonlinear.read_text().replace("LOGIT_UNIT = 5.0", "LOGIT_UNIT = 4.0"))
+    (tmp_path / "public.json").write_text(json.dumps(public))
     parties = [popen("--role=server", f"--private={folder / 'server'}", f"--listen={s}", f"--peer={c}"),
-               popen("--role=client", f"--public={tmp_path / 'public.json'}", f"--listen={c}", f"--peer={s}")]
+               popen("--role=client", f"--public={tmp_path / 'public.json'}", f"--listen={c}", f"--peer={s}", script=tmp_path / "repo" / "bench_spu.py")]
     for p in parties:
         out = p.communicate(timeout=60)[0]
-        assert p.returncode == 1 and "the other party has another model" in out and out.count("\n") == 1
+        assert p.returncode == 1 and f"the other party has another {what}: " in out and out.count("\n") == 1
 
 
 @pytest.mark.parametrize("args, status, line", [
@@ -282,7 +288,7 @@ def test_another_model_is_refused(exported, tmp_path):
     (["--role=client", "--public={public}", "--prompt="], 1, "the prompt is empty"),
     (["--role=client", "--public=nowhere.json"], 1, "can't read nowhere.json"),
     (["--role=client", "--public={public}", "--plain=True"], 2, "it is for --role=both"),
-    (["--ckpt={folder}/ckpt.pt", "--json={folder}"], 2, "or it is one"),
+    (["--ckpt={folder}/ckpt.pt", "--json={folder}"], 2, "or it is one itself"),
     (["--role=server", "--private={folder}/client"], 1, "not a whole server.npz"),
     (["--role=server", "--private={folder}/server", "--listen=here", "--peer=127.0.0.1:1"], 2, "--listen must be HOST:PORT"),
     (["--archs=sm_lng"], 2, "no architecture 'sm_lng'"),
@@ -296,15 +302,18 @@ def test_another_model_is_refused(exported, tmp_path):
     (["--measure_layers=-1"], 2, "measure_layers must be at least 0"),
     (["--measure_layers=1", "--embedding=public"], 2, "or at least 2 with a public embedding"),
     (["--role=server", "--embedding=public"], 2, "--embedding is chosen by pi_export.py"),
-    (["--ckpt={folder}/ckpt.pt", "--json=nowhere/r.json"], 2, "no folder to write nowhere/r.json into"),
+    (["--role=client", "--public={public_embedding}", "--measure_layers=1"], 2, "or at least 2 with a public embedding"),
+    (["--ckpt={folder}/ckpt.pt", "--json=nowhere/r.json"], 2, "can't write nowhere/r.json: its folder is missing"),
     (["--role=client", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}"], 2, "--role=client needs --public"),
     (["--role=client", "--public={public}", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}", "--tls={folder}"], 2, "ca.pem: --tls is a folder"),
     (["--role=client", "--public={public}", "--protocol=aby3", "--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}"], 2, "--peer must name two others"),
 ])
-def test_one_line_says_what_is_wrong(args, status, line, exported):
+def test_one_line_says_what_is_wrong(args, status, line, exported, tmp_path):
     folder, _ = exported
     c, s = ports(3)
-    out = run("bench_spu.py", *(a.format(folder=folder, public=folder / "client" / "public.json", port=c.split(":")[1], port2=s.split(":")[1]) for a in args),
+    public_embedding = tmp_path / "public.json"
+    public_embedding.write_text(json.dumps(json.loads((folder / "client" / "public.json").read_text()) | {"embedding": "0" * 64}))
+    out = run("bench_spu.py", *(a.format(folder=folder, public=folder / "client" / "public.json", public_embedding=public_embedding, port=c.split(":")[1], port2=s.split(":")[1]) for a in args),
               status=status)
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: ") and line in last
