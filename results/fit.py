@@ -4,7 +4,7 @@ Make the constants of nonlinear.secure_exp and nonlinear.secure_gelu, and say ho
     python results/fit.py     # a minute
 """
 import numpy as np
-from scipy.optimize import least_squares, linprog  # scipy comes with jax
+from scipy.optimize import least_squares  # scipy comes with jax
 from scipy.special import erf
 
 REACH = 10.0  # exp is fitted on [-REACH, 0]
@@ -41,22 +41,21 @@ def fit_exp(starts=200):
     return best.x, e, np.abs(error).max()
 
 
-def parabola(a, b):
-    """((c2, c1, c0), largest error) of the minimax parabola to GELU(t) - t on [a, b]."""
-    t = np.linspace(a, b, 300)
-    y, A = -t * (1 - erf(t / np.sqrt(2))) / 2, np.vander(t, 3)
-    rows = np.block([[A, -np.ones((300, 1))], [-A, -np.ones((300, 1))]])
-    x = linprog([0, 0, 0, 1], rows, np.hstack((y, -y)), bounds=[(None, None)] * 4).x
-    return x[:3], x[3]
-
-
 def fit_gelu():
-    """(near, far, largest error): two parabolas, each (up to which t, c2, c1, c0); GELU(t) - t is taken for 0 beyond."""
-    def worst(b, c):
-        return max(parabola(0, b)[1], parabola(b, c)[1], c * (1 - erf(c / np.sqrt(2))) / 2)
+    """
+    (near, far, largest error): two parabolas, each (up to which t, c2, c1, c0); GELU(t) - t is taken for 0 beyond. By least squares where
+    numbers lie, not minimax: errors of one sign add up in the next matrix. A minimax fit, within 4e-3, had 3.6 times the error in the
+    logits of a trained SM+LN+G of 12 layers.
+    """
+    t = np.linspace(0, 8, 4001)
+    y, weight = -t * (1 - erf(t / np.sqrt(2))) / 2, np.exp(-t**2 / 2) + 0.15 * np.exp(-t**2 / 8)  # of |x| in trained models, most below 1
 
-    error, b, c = min((worst(b, c), b, c) for b in np.arange(0.8, 1.5, 0.05) for c in np.arange(2.6, 3.5, 0.1))
-    return (round(b, 2), *parabola(0, b)[0].round(8).tolist()), (round(c, 2), *parabola(b, c)[0].round(8).tolist()), error
+    def fits(b, c):
+        near, far = (np.polyfit(t[i], y[i], 2, w=np.sqrt(weight[i])) for i in (t < b, (t >= b) & (t < c)))
+        error = np.where(t < b, np.polyval(near, t), np.where(t < c, np.polyval(far, t), 0)) - y
+        return (weight * error**2).sum(), (round(b, 2), *near.round(8).tolist()), (round(c, 2), *far.round(8).tolist()), np.abs(error).max()
+
+    return min(fits(b, c) for b in np.arange(0.8, 1.5, 0.05).tolist() for c in np.arange(2.6, 3.8, 0.1).tolist())[1:]
 
 
 if __name__ == "__main__":
