@@ -136,8 +136,8 @@ GELU_NEAR, GELU_FAR = (1.0, 0.30392104, -0.45216452, -0.00423425), (3.4, -0.0354
 
 def secure_gelu(x):
     """
-    GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.4, so two parabolas in |x| serve both sides, within 7e-3, without
-    bias where numbers lie (results/fit.py: a smaller largest error with one is worse).
+    GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.4, so two parabolas in |x| serve both sides, within 7e-3, and
+    without bias, which a row of a thousand numbers would add up (results/fit.py).
     One square and three comparisons (the sign also makes |x|): 441 bytes by the prices above; a quartic, twice as exact, 490, with a second
     square in place of the third comparison.
     """
