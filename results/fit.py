@@ -44,8 +44,8 @@ def fit_exp(starts=200):
 def fit_gelu():
     """
     (near, far, largest error): two parabolas, each (up to which t, c2, c1, c0); GELU(t) - t is taken for 0 beyond. By least squares where
-    numbers lie, not minimax: errors of one sign add up in the next matrix. A minimax fit, within 4e-3, had 3.6 times the error in the
-    logits of a trained SM+LN+G of 12 layers.
+    numbers lie, not minimax: errors of one sign add up in the next matrix. By a minimax fit, within 4e-3, a trained
+    SM+LN+G of 12 layers told the clear's token at 125 of 128 positions, by this one at all.
     """
     t = np.linspace(0, 8, 4001)
     y, weight = -t * (1 - erf(t / np.sqrt(2))) / 2, np.exp(-t**2 / 2) + 0.15 * np.exp(-t**2 / 8)  # of |x| in trained models, most below 1
