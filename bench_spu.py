@@ -12,7 +12,7 @@ On two machines, after `python pi_export.py` on the server's and a copy of publi
     python bench_spu.py --role=server --private=out/private --listen=0.0.0.0:9000 --peer=CLIENT:9000
     python bench_spu.py --role=client --public=public.json --listen=0.0.0.0:9000 --peer=SERVER:9000 --prompt="def add(a, b):"
 
-Each side listens on PORT for SPU's link; the server also on PORT + 1, where they greet, agree on the model and notice each
+Each side listens on PORT for SPU's link; the server also on PORT + 1, where they greet, agree on model and code and notice each
 other's death. With --protocol=aby3 a third party runs --role=helper, and --peer names the two others in the order client,
 server, helper. Semi-honest security: all follow the protocol. The server learns nothing of the prompt but that it fits the
 context; the client learns the result, and what public.json says: the architecture, the tokenizer; if the server exported with
