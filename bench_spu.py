@@ -80,7 +80,7 @@ PUBLISHED = {  # (n_layer, block_size): {arch: (GB, minutes)} of the paper's Tab
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model, the code and its libraries
-CODE = ("lookup.py", "model.py", "nonlinear.py", "party.py", "pi_export.py", "plain.py")  # what both run: another of these would make garbage of the result
+CODE = ("bench_spu.py", "lookup.py", "model.py", "nonlinear.py", "party.py", "pi_export.py", "plain.py")  # what both run: another of these would make garbage of the result
 
 
 # ------------------------------------------------------------------------------------------------ one party
@@ -130,10 +130,6 @@ def held_out(public, path):
         die(f"{path} has {len(tokens)} tokens, and a window takes {T + 1}")
     starts = np.linspace(0, len(tokens) - T - 1, windows).astype(int)
     return in_vocabulary(np.stack([tokens[s:s + T + 1] for s in starts]), public["config"]["vocab_size"], path)
-
-
-def digest(data):
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def check_layers(embedding):
@@ -187,9 +183,9 @@ def one_party():
         socket.create_server(host_port(listen, "--listen")).close()
     except OSError as e:
         die(f"can't listen on {listen}: {e}")
-    mine = {"model": digest(dumps(shared, sort_keys=True).encode()), "SPU version": spu.__version__, "jax version": jax.__version__,
-            "code": digest(b"".join(open(os.path.join(HERE, name), "rb").read() for name in CODE)), **{k: globals()[k] for k in AGREED}}
-    session, farewell = greet(rank, addresses, mine, connect_timeout, timeout, tls)
+    same = {"model": dumps(shared, sort_keys=True).encode(), "code": b"".join(open(os.path.join(HERE, name), "rb").read() for name in CODE)}
+    same = {k: hashlib.sha256(v).hexdigest()[:16] for k, v in same.items()} | {"SPU version": spu.__version__, "jax version": jax.__version__}
+    session, farewell = greet(rank, addresses, same | {k: globals()[k] for k in AGREED}, connect_timeout, timeout, tls)
     started = time.time()
     try:
         party = Party(rank, addresses, protocol, timeout, connect_timeout / 2, tls, plain, session)
@@ -202,9 +198,8 @@ def one_party():
             r = totals(costs) | {"seconds_wall": time.time() - started, "measured_layers": min(measure_layers or c["n_layer"], c["n_layer"])}
             if r["measured_layers"] == c["n_layer"]:
                 token = r["token"] = int(result.argmax() if reveal == "logits" else result)
-                text = ""
-                if shared["tokenizer"] and token < tokenizer_of(shared).n_vocab:  # the model's vocabulary may be padded beyond it
-                    text = repr(tokenizer_of(shared).decode([token]))
+                known = shared["tokenizer"] and token < tokenizer_of(shared).n_vocab  # the model's vocabulary may be padded beyond it
+                text = repr(tokenizer_of(shared).decode([token])) if known else ""
                 print(f"next token: {token} {text}", file=party.terminal, flush=True)
             keep(r, result, [])
         all_logits = []
@@ -256,8 +251,8 @@ def free_addresses(n):
     die(f"no {2 * n} free ports in a row on 127.0.0.1 between 10000 and 32000")
 
 
-def both(model, tokenizer, val, plain=False):
-    """Export the model, run every party as a process of its own, return the client's result with plain logits beside it."""
+def both(model, tokenizer, val, plain=False, done=()):
+    """Export the model, run every party as a process of its own, return the client's result with plain logits beside it. done: earlier results."""
     import torch
     from pi_export import export, write
     from plain import plain_export
@@ -301,6 +296,8 @@ def both(model, tokenizer, val, plain=False):
                 passed = relay.communicate()[0]
         if failed:
             name, status = failed[0]
+            if json and os.path.exists(result):  # the next token was there before a window failed
+                write_json(json, [*done, read_json(result)])
             die(f"the private run failed, see above ({name}: " + (f"exit {status})" if status > 0 else f"killed by {signal.Signals(-status).name})"))
         r = read_json(result)
         if relay:
@@ -438,7 +435,7 @@ def main():
     for key in ("private", "public", "windows_file", "tls", "json", "logits_file", "chart"):
         globals()[key] = os.path.expanduser(globals()[key])
     for path in filter(None, (json, logits_file, chart)):
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        if os.path.isdir(path) or not os.access(os.path.join(os.path.dirname(path), "."), os.W_OK):
             die(f"can't write {path}: its folder is missing or not ours to write, or it is one itself", 2)
     if chart and not (chart.endswith(".png") and find_spec("matplotlib")):
         die(f"chart, {chart!r}, must end in .png, and drawing needs matplotlib: pip install matplotlib", 2)
@@ -464,7 +461,7 @@ def main():
     for model, tokenizer, val in models():
         for as_first in [True] * baseline + [plain]:
             print(f"--- {model.config.name}{' plain' * as_first}", flush=True)
-            results.append(both(model, tokenizer, val, as_first))
+            results.append(both(model, tokenizer, val, as_first, results))
             if json:  # after each, so that an interrupted comparison keeps what it has
                 write_json(json, results)
     print(table(results))
@@ -477,5 +474,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except OSError as e:  # a full disk
-        die(e)
+    except OSError as e:  # a full disk, maybe with SPU's threads alive, see above
+        from party import quit_now
+        quit_now(e)

@@ -370,7 +370,7 @@ def look(path):
     T, V = model.config.block_size, model.config.vocab_size
     n = (len(tokens) - (not pieces)) // T  # train.py's windows
     if n < 1 or tokens.max() >= V:
-        die(f"{data} has {len(tokens)} validation tokens up to {tokens.max(initial=0)}, and the model takes {T + 1} or more below {V}: prepare it again")
+        die(f"{data} has {len(tokens)} validation tokens up to {tokens.max(initial=0)}, and the model takes {T + (not pieces)} or more below {V}: prepare it again")
     chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
     total = 0
     for some in np.array_split(chosen, -(-len(chosen) // 8)):
@@ -391,9 +391,10 @@ def main():
         die(f"windows must be at least 1, and is {windows}", 2)
     if not find_spec("matplotlib"):
         die("drawing needs matplotlib: pip install matplotlib")
-    paths = ckpt.split(",") if ckpt else [os.path.join(folder, "ckpt.pt") for folder in map(os.path.expanduser, out_dir.split(","))]
-    picture = png or os.path.join(os.path.dirname(paths[0]), "entropy.png")
-    if not picture.endswith(".png") or not os.path.isdir(os.path.dirname(png) or "."):
+    paths = ckpt.split(",") if ckpt else [os.path.join(folder, "ckpt.pt") for folder in out_dir.split(",")]
+    paths = [os.path.expanduser(path) for path in paths]
+    picture = os.path.expanduser(png) or os.path.join(os.path.dirname(paths[0]), "entropy.png")
+    if not picture.endswith(".png") or png and not os.path.isdir(os.path.dirname(picture) or "."):
         die(f"png must be a .png in a folder that exists, and is {picture!r}", 2)
     runs = [look(path) for path in paths]
     for run in runs:
