@@ -66,30 +66,31 @@ def explicit_attention_with_entropy(q, k, v):
 class _AttentionWithEntropy(torch.autograd.Function):
     """
     attention_with_entropy() of q / sqrt(d_k), k, v, each (N, T, d_k), keeping one T x T tensor: A. Its gradient by hand, as autograd
-    makes twice as many passes over T x T tensors. With g = dL/dy, h = dL/dH, the entropy adds one product to what attention alone takes:
+    makes twice as many passes over T x T tensors. With g = dL/dy, h = dL/dH, the entropy makes one of its products twice as wide:
 
-        dL/dA_ij = g_i . v_j - h_i s_ij = g_i . v_j - h_i q_i . k_j
+        dL/dA_ij = g_i . v_j - h_i s_ij = [g_i, -h_i q_i] . [v_j, k_j]
 
-    through A alone: the logsumexp's gradient, sum_j A_ij ds_ij, cancels against that of s where it stands beside A.
+    through A alone: the logsumexp's gradient, sum_j A_ij ds_ij, cancels against that of s where it stands beside A. The backward's
+    products are in v's type, bfloat16 where the model's are, and all else in q's.
     """
 
     @staticmethod
     def forward(ctx, q, k, v):
         T = q.shape[-2]
         future = torch.full((T, T), torch.finfo(q.dtype).min / 2, dtype=q.dtype, device=q.device).triu_(1)  # finite: A s is 0 there
-        s = (q @ k.mT).add_(future)
+        s = (q @ k.to(q.dtype).mT).add_(future)
         s.sub_(s.amax(-1, keepdim=True))
         A = F.softmax(s, dim=-1)
-        ctx.save_for_backward(q, k, v, A)
+        ctx.save_for_backward(q.to(v.dtype), k, v, A)
         # of logits at most 0, so that both terms are sums of what is positive: logsumexp is -log of the largest weight, at least 1/T
-        return A @ v, -A.amax(-1).log() - s.mul_(A).sum(-1)
+        return (A @ v.to(q.dtype)).to(v.dtype), -A.amax(-1).log() - s.mul_(A).sum(-1)
 
     @staticmethod
     def backward(ctx, g, h):
         q, k, v, A = ctx.saved_tensors
-        dA = (g @ v.mT).baddbmm_(q * -h[..., None], k.mT)
-        ds = torch._softmax_backward_data(dA, A, -1, A.dtype)  # A (dA - sum_j A dA), in one pass
-        return ds @ k, ds.mT @ q, A.mT @ g
+        dA = torch.cat((g, (q * -h[..., None]).to(g.dtype)), -1) @ torch.cat((v, k), -1).mT
+        ds = torch._softmax_backward_data(dA.to(A.dtype), A, -1, A.dtype).to(v.dtype)  # A (dA - sum_j A dA), in one pass
+        return (ds @ k).to(A.dtype), ds.mT @ q, A.to(v.dtype).mT @ g
 
 
 def attention_with_entropy(q, k, v, block_mask=None):
@@ -98,17 +99,16 @@ def attention_with_entropy(q, k, v, block_mask=None):
 
         H_i = -sum_j A_ij log A_ij = logsumexp_j s_ij - sum_j A_ij s_ij = logsumexp_j s_ij - q_i . (A k)_i / sqrt(d_k).
 
-    q, k, v: (B, H, T, d_k) -> y (B, H, T, d_k) in v's dtype, entropy (B, H, T) nats in float32 (float64 if q is). A temperature
-    per query position (eq. 9) is a division of q by it, done by the caller. With a block_mask, causal_block_mask()'s, one call of
-    flex_attention stores no T x T tensor: for compiled models on CUDA.
+    q, k, v: (B, H, T, d_k), k in v's dtype -> y (B, H, T, d_k) in that dtype, entropy (B, H, T) nats in float32 (float64 if q is). A
+    temperature per query position (eq. 9) is a division of q by it, done by the caller. With a block_mask, causal_block_mask()'s, one
+    call of flex_attention stores no T x T tensor: for compiled models on CUDA.
     """
     if block_mask is not None:
         return fused_attention_with_entropy(q, k, v, block_mask)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, values = (t.to(dtype, memory_format=torch.contiguous_format).flatten(0, -3) for t in (q, k, v))
+    q = q.to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
-        y, entropy = _AttentionWithEntropy.apply(q / math.sqrt(q.shape[-1]), k, values)
-    return y.view(v.shape).to(v.dtype), entropy.view(v.shape[:-1])
+        y, entropy = _AttentionWithEntropy.apply(*(t.contiguous().flatten(0, -3) for t in (q, k, v)))
+    return y.view(v.shape), entropy.view(v.shape[:-1])
 
 
 def fused_attention_with_entropy(q, k, v, block_mask):

@@ -114,7 +114,7 @@ def test_a_diverging_models_entropy_is_still_a_number_of_nats():
 @pytest.mark.parametrize("scale, plain, fused", [(1.0, 1e-4, 0.02), (10.0, 1e-4, 0.2)])
 def test_bfloat16_attention_with_entropy(scale, plain, fused, monkeypatch):
     """
-    bfloat16 inputs are computed in float32. The fused call rounds A k to 8 bits: within 0.02 nats where entropies are
+    The entropy of bfloat16 inputs is computed in float32. The fused call rounds A k to 8 bits: within 0.02 nats where entropies are
     ordinary, 0.2 where they are 0.5 in the mean.
     """
     torch.manual_seed(0)
@@ -124,6 +124,21 @@ def test_bfloat16_attention_with_entropy(scale, plain, fused, monkeypatch):
         y, entropy = form(scale * q, k, v)
         assert y.dtype == torch.bfloat16 and entropy.dtype == torch.float32
         assert (entropy - wanted).abs().max() < {"plain": plain, "fused": fused}[name]
+
+
+@pytest.mark.parametrize("scale, most, tolerance", [(1.0, 4.0, 0.01), (10.0, 0.8, 0.02), (100.0, 0.1, 0.2)])
+def test_bfloat16_gradients(scale, most, tolerance):
+    """
+    The backward's products are in bfloat16, its softmax in float32: within 2% of the float32 gradients, as norms, for logits of up to
+    100, as trained models have them. What is rounded grows with the logits: at 1000 it is within 20%.
+    """
+    torch.manual_seed(0)
+    q, k, v, dy = (t.bfloat16() for t in torch.randn(4, B, H, 200, D).unbind())
+    q, dH = scale * q / torch.linspace(0.5, 2, 200)[:, None], torch.randn(B, H, 200)  # q wider than k and v, as after a temperature
+    wanted = values_and_gradients(explicit_attention_with_entropy, q, k.float(), v.float(), dy.float(), dH)
+    assert wanted[1].mean() < most
+    for got, want in zip(values_and_gradients(attention_with_entropy, q, k, v, dy, dH), wanted):
+        assert (got - want).norm() < tolerance * want.norm()
 
 
 def test_attention_with_entropy_is_float32_under_autocast():
