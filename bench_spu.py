@@ -232,31 +232,17 @@ def keep(r, logits, of_windows):
 
 def perplexity(logits, targets):
     """exp of the mean cross-entropy: logits (N, T, V), targets (N, T)."""
-    z = logits.astype(np.float64)
-    z = z - z.max(-1, keepdims=True)
-    return float(np.exp((np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, targets[..., None], -1)[..., 0]).mean()))
+    import torch
+    return torch.nn.functional.cross_entropy(torch.from_numpy(logits).double().flatten(0, 1), torch.from_numpy(targets).flatten()).exp().item()
 
 
 # ------------------------------------------------------------------------------------------------ all parties here
-def free_addresses(n):
-    """n addresses on this machine, each with its port and the next one free, below where outgoing connections take theirs."""
-    for _ in range(100):  # at random: another run may be choosing, too
-        port = int(np.random.default_rng().integers(10000, 32000))
-        try:
-            for p in range(port, port + 2 * n):
-                socket.create_server(("127.0.0.1", p)).close()
-            return [f"127.0.0.1:{port + 2 * i}" for i in range(n)]
-        except OSError:
-            continue
-    die(f"no {2 * n} free ports in a row on 127.0.0.1 between 10000 and 32000")
-
-
 def both(model, tokenizer, val, plain=False, done=()):
     """Export the model, run every party as a process of its own, return the client's result with plain logits beside it. done: earlier results."""
     import torch
     from pi_export import export, write
     from plain import plain_export
-    from party import ROLES
+    from party import ROLES, free_addresses
     me, parties, c = [sys.executable, os.path.join(HERE, "bench_spu.py")], [], model.config
     roles = ROLES[:3 if protocol == "aby3" else 2]
     with tempfile.TemporaryDirectory() as folder:

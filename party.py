@@ -242,6 +242,19 @@ def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0,
     return result if result is None or every_row else result[0], costs
 
 
+def free_addresses(n):
+    """n addresses on this machine, each with its port and the next one free, below where outgoing connections take theirs."""
+    for _ in range(100):  # at random: another run may be choosing, too
+        port = int(np.random.default_rng().integers(10000, 32000))
+        try:
+            for p in range(port, port + 2 * n):
+                socket.create_server(("127.0.0.1", p)).close()
+            return [f"127.0.0.1:{port + 2 * i}" for i in range(n)]
+        except OSError:
+            continue
+    die(f"no {2 * n} free ports in a row on 127.0.0.1 between 10000 and 32000")
+
+
 def tls_files(folder):
     """(ca.pem, cert.pem, key.pem) of a folder: who may sign either side's certificate, and one's own."""
     files = [os.path.join(folder, name) for name in ("ca.pem", "cert.pem", "key.pem")]

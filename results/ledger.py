@@ -17,8 +17,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from bench_spu import free_addresses  # noqa: E402
 from configurator import configure, die  # noqa: E402
+from party import free_addresses  # noqa: E402
 
 n_head, n_embd, block_size, vocab_size = 12, 768, 128, 50257
 into = str(HERE)

@@ -21,9 +21,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from bench_spu import free_addresses  # noqa: E402
 from configurator import configure  # noqa: E402
-from party import Party  # noqa: E402
+from party import Party, free_addresses  # noqa: E402
 from nonlinear import square  # noqa: E402
 
 lsb_error = True   # the setting
