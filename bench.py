@@ -97,7 +97,7 @@ torch.set_float32_matmul_precision("high")
 torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, and says nothing
 a = torch.randn((n := 8192 if device == "cuda" else 1024), n, device=device, dtype=matmul_dtype)
 peak = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(100))
-name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads, not run on a GPU"
 machine = f"{name}, torch {torch.__version__}, {str(matmul_dtype)[6:]} matmuls, {'compiled' if compile == 'yes' else 'eager'}, peak {peak / 1e12:.2f} TFLOP/s"
 print(f"{machine}; {n_layer} layers, {n_head} heads, width {n_embd}, vocabulary {vocab_size}\n"
       f"{'case':<16}{'T':>6}{'tokens/s':>12}{'ms a step':>12}{'of peak':>10}{'memory GB':>11}{'against no entropy':>20}")
