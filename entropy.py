@@ -9,7 +9,7 @@ that train.py trained, and says what is wrong with them:
     python entropy.py --out_dir=out/sm,out/ereg --png=compare.png   # side by side, on one colour scale
 
 - attention_entropy: eq. 7, from attention weights, finite gradients at A = 0, no extra T x T tensor kept
-- attention_with_entropy: causal attention that returns its output and its entropy in one go (eq. 10), hardly dearer than the output alone
+- attention_with_entropy: causal attention that returns its output and its entropy in one go (eq. 10), at contexts of some hundreds hardly dearer than the output alone
 - EntropyRegularizer: Algorithm 1 with its learnable per-head thresholds, in three readings
 - quartile_distribution: which share of the heads is collapsed, well-behaved, overloaded
 """

@@ -120,7 +120,7 @@ class Attention(nn.Module):
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (*self.qk(x).split(d, dim=-1), self.v(x)))
         if hasattr(self, "log_temperature"):
             q = q / self.temperature[:, :T, None]  # row i of the logits divided by t_i is q_i divided by t_i
-        with torch.autocast("cpu", enabled=False):  # bf16 attention is slower than fp32 there
+        with torch.autocast("cpu", enabled=False):  # its softmax wants fp32, and scaled_dot_product_attention is slower in bf16 there
             if return_entropy:
                 y, entropy = attention_with_entropy(q, k, v, block_mask)
             else:

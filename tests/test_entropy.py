@@ -130,7 +130,7 @@ def test_bfloat16_attention_with_entropy(scale, plain, fused, monkeypatch):
 def test_bfloat16_gradients(scale, most, tolerance):
     """
     The backward's products are in bfloat16, its softmax in float32: within 2% of the float32 gradients, as norms, for logits of up to
-    100, as trained models have them. What is rounded grows with the logits: at 1000 it is within 20%.
+    100. What is rounded grows with the logits: at 1000 it is within 20%.
     """
     torch.manual_seed(0)
     q, k, v, dy = (t.bfloat16() for t in torch.randn(4, B, H, 200, D).unbind())
@@ -142,7 +142,7 @@ def test_bfloat16_gradients(scale, most, tolerance):
 
 
 def test_attention_with_entropy_is_float32_under_autocast():
-    """As a model on CUDA calls it uncompiled, the backward pass outside as in train.py: no product of it in bfloat16."""
+    """float32 inputs stay float32 under the caller's autocast, the backward pass outside it as in train.py."""
     q, k, v, dy = torch.randn(4, B, H, T, D).unbind()
     dH = torch.randn(B, H, T)
     wanted = values_and_gradients(attention_with_entropy, q, k, v, dy, dH)
