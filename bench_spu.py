@@ -36,7 +36,7 @@ from json import dumps, load, loads
 import numpy as np
 
 from configurator import configure, die, one_of
-from relay import NETWORKS, host_port
+from private.relay import NETWORKS, host_port
 
 role = "both"            # both (all parties here, a process each) | client | server | helper (aby3's third)
 ckpt = ""                # role both: a checkpoint; the newest one under out/ if empty and no archs are given
@@ -80,7 +80,7 @@ PUBLISHED = {  # (n_layer, block_size): {arch: (GB, minutes)} of the paper's Tab
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model, the code and its libraries
-CODE = ("bench_spu.py", "lookup.py", "model.py", "nonlinear.py", "party.py", "pi_export.py", "plain.py")  # what both run: another of these would make garbage of the result
+CODE = ("bench_spu.py", "model.py", "pi_export.py", *(f"private/{name}.py" for name in ("engine", "infer", "lookup", "meet", "nonlinear", "plain")))  # what both run: another of these would make garbage of the result
 
 
 # ------------------------------------------------------------------------------------------------ one party
@@ -138,7 +138,7 @@ def check_layers(embedding):
 
 
 def totals(costs):
-    """The costs of party.infer() added up, in all and by kind of operation."""
+    """The costs of infer() added up, in all and by kind of operation."""
     by_kind = {}
     for kind, times, cost in costs:
         by_kind[kind] = by_kind.get(kind, 0) + times * cost
@@ -152,7 +152,9 @@ def one_party():
     """Role client, server or helper: meet, compute, tell. The client prints the token and writes its result."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the step that C++ is in
     from model import GPTConfig
-    from party import ROLES, Party, greet, infer, quit_now
+    from private.engine import Engine
+    from private.infer import infer
+    from private.meet import ROLES, greet, quit_now
     from pi_export import load_embedding, load_weights
     rank, weights, ids = ROLES.index(role), None, None
     path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
@@ -188,7 +190,7 @@ def one_party():
     session, farewell = greet(rank, addresses, same | {k: globals()[k] for k in AGREED}, connect_timeout, timeout, tls)
     started = time.time()
     try:
-        party = Party(rank, addresses, protocol, timeout, connect_timeout / 2, tls, plain, session)
+        party = Engine(rank, addresses, protocol, timeout, connect_timeout / 2, tls, plain, session)
 
         def told(stage, costs, what=""):
             print(f"{what}{stage:<24} {sum(cost[0] for _, _, cost in costs) / 1e6:10.1f} MB {time.time() - started:8.1f} s", file=party.terminal, flush=True)
@@ -241,8 +243,8 @@ def both(model, tokenizer, val, plain=False, done=()):
     """Export the model, run every party as a process of its own, return the client's result with plain logits beside it. done: earlier results."""
     import torch
     from pi_export import export, write
-    from plain import plain_export
-    from party import ROLES, free_addresses
+    from private.plain import plain_export
+    from private.meet import ROLES, free_addresses
     me, parties, c = [sys.executable, os.path.join(HERE, "bench_spu.py")], [], model.config
     roles = ROLES[:3 if protocol == "aby3" else 2]
     with tempfile.TemporaryDirectory() as folder:
@@ -259,7 +261,7 @@ def both(model, tokenizer, val, plain=False, done=()):
         try:
             if network != "none":
                 seen = addresses[len(roles):]
-                relay = subprocess.Popen([sys.executable, os.path.join(HERE, "relay.py"), f"--network={network}", f"--client={own[0]}",
+                relay = subprocess.Popen([sys.executable, os.path.join(HERE, "private", "relay.py"), f"--network={network}", f"--client={own[0]}",
                                           f"--server={own[1]}", f"--client_front={seen[0]}", f"--server_front={seen[1]}"], stdout=subprocess.PIPE, text=True)
                 print(relay.stdout.readline(), end="", flush=True)
             for rank, name in enumerate(roles):
@@ -435,7 +437,7 @@ def main():
     if not find_spec("spu"):
         die("spu is not installed: it needs Python 3.10 or 3.11, then pip install -r requirements.txt")
     if tls:
-        from party import tls_files
+        from private.meet import tls_files
         tls_files(tls)
     if role != "both":
         one_party()
@@ -461,5 +463,5 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as e:  # a full disk, maybe with SPU's threads alive, see above
-        from party import quit_now
+        from private.meet import quit_now
         quit_now(e)

@@ -45,7 +45,7 @@ try:
 except ImportError:
     die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then pip install -r requirements.txt")
 from model import GPT, load_checkpoint
-from nonlinear import EXACT, LOGIT_UNIT, by_rows, only
+from private.nonlinear import EXACT, LOGIT_UNIT, by_rows, only
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
 out = "out/private"   # folder for server.npz, public.json and, if the embedding is public, embedding.npz

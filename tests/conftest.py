@@ -43,4 +43,4 @@ def data_dir(source, tmp_path_factory):
 @pytest.fixture
 def in_the_clear(monkeypatch):
     """nonlinear.engine_square() as it is under the engine, where exp(x) is (1 + x/2)^2."""
-    monkeypatch.setattr("nonlinear.engine_square", lambda w: w * w)
+    monkeypatch.setattr("private.nonlinear.engine_square", lambda w: w * w)

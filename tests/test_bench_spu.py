@@ -272,7 +272,7 @@ def test_another_model_and_other_code_are_refused(what, exported, tmp_path):
     if what == "model":
         public["config"]["n_head"] = 4
     else:
-        nonlinear = tmp_path / "repo" / "nonlinear.py"
+        nonlinear = tmp_path / "repo" / "private" / "nonlinear.py"
         nonlinear.write_text(nonlinear.read_text().replace("LOGIT_UNIT = 5.0", "LOGIT_UNIT = 4.0"))
     (tmp_path / "public.json").write_text(json.dumps(public))
     parties = [popen("--role=server", f"--private={folder / 'server'}", f"--listen={s}", f"--peer={c}"),

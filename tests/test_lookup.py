@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-import lookup
-from lookup import QUERIES, buckets, overflow, queries, sides
+from private import lookup
+from private.lookup import QUERIES, buckets, overflow, queries, sides
 
 
 def test_what_is_looked_up_is_what_was_asked_for():

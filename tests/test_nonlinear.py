@@ -4,7 +4,7 @@ import pytest
 
 jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
 
-import nonlinear  # noqa: E402
+from private import nonlinear  # noqa: E402
 
 
 def test_the_exponential_fit(in_the_clear):

@@ -10,9 +10,9 @@ from test_model import ARCHITECTURES, SMALL, build, tokens
 jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
-from nonlinear import SECURE  # noqa: E402
+from private.nonlinear import SECURE  # noqa: E402
 from pi_export import export, forward, head_steps, load_weights, matmul, of_block  # noqa: E402
-from plain import plain_block_steps, plain_export, plain_head_steps  # noqa: E402
+from private.plain import plain_block_steps, plain_export, plain_head_steps  # noqa: E402
 
 
 def one_hot(idx, dtype=np.float64):

@@ -16,7 +16,7 @@ def test_quoted_code_stands_in_the_files():
 
 
 def test_files_and_configs_exist():
-    for name in re.findall(r"`((?:config/|data/|results/|tests/)?[\w./]+\.(?:py|md|json|txt))`", README):
+    for name in re.findall(r"`((?:config/|data/|results/|tests/|private/|experiments/)?[\w./]+\.(?:py|md|json|txt))`", README):
         assert any((ROOT / folder / name).exists() for folder in ("", "config")) or name in ("public.json", "server.npz", "meta.json"), name
     for name in re.findall(r"`((?:sm|ereg)_\w+|sm)`", README.split("## Architectures and settings")[1].split("\n## ")[0]):
         assert (ROOT / "config" / f"{name}.py").exists(), name
@@ -28,6 +28,6 @@ def test_commands_use_settings_that_exist():
     for script, arguments in commands:
         text = (ROOT / script).read_text()
         for key in re.findall(r"--(\w+)", arguments):
-            assert key == "help" or re.search(rf"^{key} = ", text, re.M) or script.startswith("results/"), (script, key)
+            assert key == "help" or re.search(rf"^{key} = ", text, re.M) or script.startswith("experiments/"), (script, key)
         for config in re.findall(r"config/\w+\.py", arguments):
             assert (ROOT / config).exists(), config

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, run
 
-from relay import NETWORKS
+from private.relay import NETWORKS
 
 
 @pytest.mark.parametrize("network, megabytes", [("wan", 4), ("lan", 32)])
@@ -23,7 +23,7 @@ def test_a_transfer_takes_its_time(network, megabytes):
         return "127.0.0.1", int(address.split(":")[1])
 
     listener = socket.create_server(port(server))
-    relay = subprocess.Popen([sys.executable, ROOT / "relay.py", f"--network={network}", f"--client={client}", f"--server={server}",
+    relay = subprocess.Popen([sys.executable, ROOT / "private/relay.py", f"--network={network}", f"--client={client}", f"--server={server}",
                               f"--client_front={client_front}", f"--server_front={server_front}"], stdout=subprocess.PIPE, text=True)
     assert relay.stdout.readline().startswith(f"relay {network}: ")
     near = socket.create_connection(port(server_front))
@@ -57,5 +57,5 @@ def test_a_transfer_takes_its_time(network, megabytes):
 
 
 def test_one_line_says_what_is_wrong():
-    assert "network must be one of lan, wan" in run("relay.py", "--network=moon", status=2)
-    assert "--client must be HOST:PORT" in run("relay.py", "--client=here", status=2)
+    assert "network must be one of lan, wan" in run("private/relay.py", "--network=moon", status=2)
+    assert "--client must be HOST:PORT" in run("private/relay.py", "--client=here", status=2)

@@ -1,7 +1,7 @@
 """
 Make the constants of nonlinear.secure_exp and nonlinear.secure_gelu, and say how far they are from the functions.
 
-    python results/fit.py     # a minute
+    python experiments/fit.py     # a minute
 """
 import numpy as np
 from scipy.optimize import least_squares  # scipy comes with jax

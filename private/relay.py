@@ -1,7 +1,7 @@
 """
 A slow link without root and without tc: TCP forwarded between two parties at a bandwidth and with a one-way delay.
 
-    python relay.py --network=wan --client=HOST:9000 --client_front=127.0.0.1:9100 --server=HOST:9000 --server_front=127.0.0.1:9200
+    python private/relay.py --network=wan --client=HOST:9000 --client_front=127.0.0.1:9100 --server=HOST:9000 --server_front=127.0.0.1:9200
 
 Whoever connects to server_front (the client does) reaches the server, and the other way round; each front also forwards its
 next port, where bench_spu.py's parties greet. Both connections' bytes toward one party share one pipe, as on a full-duplex
@@ -15,8 +15,10 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
-from configurator import configure, die, one_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configurator import configure, die, one_of  # noqa: E402
 
 network = "wan"      # wan | lan
 client = ""          # HOST:PORT where the client listens

@@ -1,8 +1,8 @@
 """
-Why party.py leaves SPU's cheetah_2pc_config.enable_mul_lsb_error off, though its squares and products take a quarter fewer
+Why engine.py leaves SPU's cheetah_2pc_config.enable_mul_lsb_error off, though its squares and products take a quarter fewer
 bytes: some ciphertexts then come back undecryptable, and all 8192 products in one are wrong beyond use, silently.
 
-    python results/spu_lsb_error.py --seconds=900 --lsb_error=True    # two processes; writes spu_lsb_error_True.json here
+    python experiments/spu_lsb_error.py --seconds=900 --lsb_error=True    # two processes; writes spu_lsb_error_True.json here
 
 The server answers with one modulus q of 60 bits, of which SPU drops low bits: 2^(log2 q - log2 t - 2) are lost beside
 noise of standard deviation 339 (the re-randomisation) and flooding (2^9 or 2^11), where decryption stands q / 2t. For plain
@@ -22,8 +22,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from configurator import configure  # noqa: E402
-from party import Party, free_addresses  # noqa: E402
-from nonlinear import square  # noqa: E402
+from private.engine import Engine, free_addresses  # noqa: E402
+from private.nonlinear import square  # noqa: E402
 
 lsb_error = True   # the setting
 seconds = 900      # how long to go on
@@ -36,7 +36,7 @@ if rank < 0:
     both = ",".join(free_addresses(2))
     parties = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--rank={r}", f"--addresses={both}"]) for r in (0, 1)]
     sys.exit(int(any([p.wait() for p in parties])))
-party, rng = Party(rank, addresses.split(","), "cheetah", 60, 20), np.random.default_rng(0)
+party, rng = Engine(rank, addresses.split(","), "cheetah", 60, 20), np.random.default_rng(0)
 party.config.cheetah_2pc_config.enable_mul_lsb_error = lsb_error
 party.runtime, started, squares, wrong = party.spu.Runtime(party.link, party.config), time.time(), 0, []
 cost, stop = 0, False
@@ -53,6 +53,6 @@ while not stop:
         result = {"lsb_error": lsb_error, "squares": squares, "blocks of 8192": squares // 8192, "bytes_per_square": cost / squares,
                   "wrong": wrong, "seconds": time.time() - started}
         print(json.dumps(result), file=party.terminal, flush=True)
-        (HERE / f"spu_lsb_error_{lsb_error}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (HERE.parent / "results" / f"spu_lsb_error_{lsb_error}.json").write_text(json.dumps(result, indent=1) + "\n")
     stop = party.link.all_gather(str(time.time() - started > seconds))[0] == "True"  # the client's clock
 os._exit(0)

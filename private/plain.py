@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from nonlinear import normalise
+from private.nonlinear import normalise
 from pi_export import flat, gain_and_shift, logits, matmul, matrix, named, unheads, weights_in
 
 

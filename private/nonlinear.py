@@ -75,7 +75,7 @@ def causal_row_max(s):
 
 
 LOGIT_UNIT = 5.0  # the fit below holds on [-10, 0], which is [-2, 0] in this unit
-FIT_Q = (1.12407794, -0.0802553, -0.03571606, -2.87437885)  # results/fit.py makes these
+FIT_Q = (1.12407794, -0.0802553, -0.03571606, -2.87437885)  # experiments/fit.py makes these
 FIT_E = (0.03488002, 0.25602778, 0.01320943, 0.02924629, -0.28190972)
 
 
@@ -137,7 +137,7 @@ GELU_NEAR, GELU_FAR = (1.0, 0.30392104, -0.45216452, -0.00423425), (3.4, -0.0354
 def secure_gelu(x):
     """
     GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.4, so two parabolas in |x| serve both sides, within 7e-3, and
-    without bias, which a row of a thousand numbers would add up (results/fit.py).
+    without bias, which a row of a thousand numbers would add up (experiments/fit.py).
     One square and three comparisons (the sign also makes |x|): 441 bytes by the prices above; a quartic, twice as exact, 490, with a second
     square in place of the third comparison.
     """

@@ -2,8 +2,8 @@
 What each form in nonlinear.py and lookup.py saves, one by one: bytes, messages, seconds and largest error of the form and of the
 obvious one beside it, on the real engine (Cheetah), for one layer of the given shape. Two processes; writes private_ledger.{json,md}.
 
-    python results/ledger.py                                       # GPT-2 small's, 5 minutes on 2 cores
-    python results/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 --into=/tmp   # a toy
+    python experiments/ledger.py                                       # GPT-2 small's, 5 minutes on 2 cores
+    python experiments/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 --into=/tmp   # a toy
 
 The obvious forms are as cheap as they come: SPU's settings are the same, secrets of one party stay its own.
 """
@@ -18,10 +18,10 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from configurator import configure, die  # noqa: E402
-from party import free_addresses  # noqa: E402
+from private.meet import free_addresses  # noqa: E402
 
 n_head, n_embd, block_size, vocab_size = 12, 768, 128, 50257
-into = str(HERE)
+into = str(HERE.parent / "results")
 
 configure(globals())
 if not os.path.isdir(into):
@@ -32,15 +32,16 @@ rank = 0 if server else 1
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from lookup import buckets, queries  # noqa: E402
-from party import CHUNK, GROUP, Party  # noqa: E402
+from private.lookup import buckets, queries  # noqa: E402
+from private.engine import Engine
+from private.infer import CHUNK, GROUP  # noqa: E402
 from model import GPTConfig  # noqa: E402
-from nonlinear import (EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only, secure_argmax, secure_exp,  # noqa: E402
+from private.nonlinear import (EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only, secure_argmax, secure_exp,  # noqa: E402
                        secure_exponentials, secure_gelu, secure_normalise, secure_reciprocal, secure_row_exponentials, square)
 from pi_export import last_attention_steps, one_of_each, run  # noqa: E402
 
 H, d, T, V, rng = n_head, n_embd, block_size, vocab_size, np.random.default_rng(0)
-dk, party, specs, rows = d // H, Party(rank, ends, "cheetah", 600, 60), {}, []
+dk, party, specs, rows = d // H, Engine(rank, ends, "cheetah", 600, 60), {}, []
 
 
 def share(dtype=np.float32, **values):
@@ -156,7 +157,7 @@ share(logits=logits)
 measure("the most likely token alone (--reveal=token)", "secure_argmax", secure_argmax, ["logits"], logits.argmax(-1))
 if rank == 0:
     title = f"{H} heads, width {d}, T = {T}, vocabulary {V}; {os.cpu_count()} cores for both parties"
-    table = [f"One layer's operations, each in two or three forms: {title}. Made by `python results/ledger.py`.", "",
+    table = [f"One layer's operations, each in two or three forms: {title}. Made by `python experiments/ledger.py`.", "",
              "| operation | form | MB | messages | s | largest error |", "|---|---|---|---|---|---|"]
     for r in rows:
         error = "" if r["largest error"] is None else f"{r['largest error']:.0e}"

@@ -1,12 +1,12 @@
 """
 Train what the paper's tables and figures are about, and tabulate it: out/reproduce/reproduction.{json,md} and pictures.
 
-    python results/reproduce.py                            # everything that isn't done yet, about 6 hours on 2 cores
-    python results/reproduce.py --only=architectures,gamma # some of the tables
-    python results/reproduce.py --only=none                # nothing new: tables and pictures of what is there
-    python results/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, on one GPU, into out/reproduce_gpu
-    python results/reproduce.py --extra="--batch_size=16" --out_dir=out/b16   # the same with other settings
-    python results/reproduce.py --into=results --readme=True   # how results/ and README.md got theirs
+    python experiments/reproduce.py                            # everything that isn't done yet, about 6 hours on 2 cores
+    python experiments/reproduce.py --only=architectures,gamma # some of the tables
+    python experiments/reproduce.py --only=none                # nothing new: tables and pictures of what is there
+    python experiments/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, on one GPU, into out/reproduce_gpu
+    python experiments/reproduce.py --extra="--batch_size=16" --out_dir=out/b16   # the same with other settings
+    python experiments/reproduce.py --into=results --readme=True   # how results/ and README.md got theirs
 
 A run lives in out/reproduce/<configuration>-<settings>-s<seed>; one that has finished is not run again, one that was
 interrupted is resumed, one that two tables share is run once. Runs of one seed see the same data in the same order.
@@ -252,7 +252,7 @@ if __name__ == "__main__":
     head = "" if not runs else (f"{s['n_layer']} layers, width {s['n_embd']}, {s['n_head']} heads, T = {s['block_size']}, vocabulary {s['vocab_size']}, pycode (sha256 "
             f"{one['data_sha256'][:16]}), where the paper has 12 layers, width 768, 12 heads and 2.1B tokens of CodeParrot. {statistics.mode(x['machine'] for x in runs)}, torch "
             f"{one['torch']}; tokens/s as trained, {jobs} side by side. Validation perplexity of a unigram model: {one['unigram_ppl']:.1f}. "
-            f"Made by `{' '.join(['python results/reproduce.py', *(f'--{k}={v!r}' for k, v in given.items() if k in ('scale', 'gpu_steps', 'extra'))])}`.\n\n")
+            f"Made by `{' '.join(['python experiments/reproduce.py', *(f'--{k}={v!r}' for k, v in given.items() if k in ('scale', 'gpu_steps', 'extra'))])}`.\n\n")
     (into / f"reproduction{suffix}.json").write_text(json.dumps(tables, indent=0) + "\n")
     (into / f"reproduction{suffix}.md").write_text(head + "\n".join(markdown(name, rows) for name, rows in tables.items()))
     print(head + "\n".join(markdown(name, tables[name]) for name in wanted or tables))
