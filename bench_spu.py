@@ -67,6 +67,7 @@ vocab_size = 50257
 n_layer = 12
 n_head = 12
 n_embd = 768
+final_layernorm = True   # LN before the vocabulary, one row
 temperature_init = 1.0   # of the architectures with learnable temperatures
 bias = False             # biases in every linear layer
 gelu_tanh = False        # GPT-2's tanh GELU

@@ -33,7 +33,8 @@ class GPTConfig:
     n_layer: int = 6  # L
     n_head: int = 6  # H
     n_embd: int = 192  # d
-    use_layernorm: bool = True  # LN: before attention, before the FFN, and before the vocabulary
+    use_layernorm: bool = True  # LN: before attention and before the FFN of every block
+    final_layernorm: bool = True  # ln_f, before the vocabulary: the paper's LayerNorm-free models most likely keep it
     use_gelu: bool = True  # G: GELU in the FFN
     use_relu: bool = False  # R: ReLU in the FFN
     fuse_ffn: bool = False  # Fu: one d x d matrix for W_in W_out, which nothing nonlinear separates
@@ -74,7 +75,7 @@ class GPTConfig:
             parts.append("Sc" * self.learnable_ffn_scale + "Fu" * self.fuse_ffn + "FFN")
         for norm, where in (("WNorm", self.weight_norm), ("SNorm", self.spectral_norm)):
             parts += [f"{norm}({where.upper()})"] * (where != "none")
-        return "+".join(parts)
+        return "+".join(parts) + ("" if self.final_layernorm else ", no ln_f")
 
 
 def cpu_bf16_unit():
@@ -152,7 +153,7 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.ln_1, self.ln_2 = norm(c), norm(c)
+        self.ln_1, self.ln_2 = norm(c.use_layernorm, c), norm(c.use_layernorm, c)
         self.attn, self.ffn = Attention(c), FFN(c)
         if c.learnable_ffn_scale:
             self.alpha, self.beta = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
@@ -164,8 +165,8 @@ class Block(nn.Module):
         return (self.beta * x + y / self.alpha if hasattr(self, "alpha") else x + y), entropy
 
 
-def norm(c):
-    return nn.LayerNorm(c.n_embd) if c.use_layernorm else nn.Identity()
+def norm(used, c):
+    return nn.LayerNorm(c.n_embd) if used else nn.Identity()
 
 
 class GPT(nn.Module):
@@ -177,7 +178,7 @@ class GPT(nn.Module):
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.ln_f = norm(c)
+        self.ln_f = norm(c.final_layernorm, c)
 
     def forward(self, idx, targets=None, return_entropy=False):
         """
@@ -347,6 +348,8 @@ def load_checkpoint(path):
         pass  # no permission is an OSError of its own; torch raises one on a truncated file, too
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = checkpoint["model_config"]
+        config.setdefault("final_layernorm", config["use_layernorm"])  # before this flag, one flag stood for both
         GPT(GPTConfig(**checkpoint["model_config"])).load_state_dict(checkpoint["model"])
     except Exception as e:  # torch.load fails in many ways on a broken file
         raise ValueError(f"{path} is not a whole checkpoint of train.py (truncated, damaged or of another program; "

@@ -145,9 +145,12 @@ def export(model, dtype=np.float32):
     R = None if c.use_layernorm or c.use_gelu or c.use_relu else bases(model.blocks, c)
     if R:
         first = np.linalg.inv(R[0])
-        wte, wpe, head = wte @ first, wpe @ first, R[-1] @ head
+        wte, wpe = wte @ first, wpe @ first
+        if not c.final_layernorm:
+            head = R[-1] @ head
     blocks = [fold_block(block, c, *(R[i:i + 2] if R else ())) for i, block in enumerate(model.blocks)]
-    return flat({"wte": wte, "wpe": wpe, "head": head, "head_b": head_b}, blocks, dtype)
+    top = {"basis": R[-1]} if R and c.final_layernorm else {}  # a LayerNorm wants x itself, x = u R_L
+    return flat({"wte": wte, "wpe": wpe, "head": head, "head_b": head_b, **top}, blocks, dtype)
 
 
 def flat(arrays, blocks, dtype):
@@ -264,8 +267,9 @@ def logits(x, W, *b):
 
 def head_steps(c, arrays, f):
     """The logits of rows x."""
-    n = "n" if c.use_layernorm else "x"
-    return [("head", "n", f["normalise"], ["x"])] * c.use_layernorm + [("head", "logits", logits, [n] + weights_in(arrays)("head"))]
+    n = "n" if c.final_layernorm else "x"
+    basis = [("head", "x", matmul, ["x", "W.basis"])] if "basis" in arrays else []
+    return basis + [("head", "n", f["normalise"], ["x"])] * c.final_layernorm + [("head", "logits", logits, [n] + weights_in(arrays)("head"))]
 
 
 def run(steps, arrays, values):

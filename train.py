@@ -55,6 +55,7 @@ n_layer = 6
 n_head = 6
 n_embd = 192
 use_layernorm = True
+final_layernorm = True
 use_gelu = True
 use_relu = False
 fuse_ffn = False

@@ -27,7 +27,7 @@ def plain_export(model, dtype=np.float32):
             arrays |= {"inverse_alpha": (np.array(1 / block.alpha.item()),), "beta": (np.array(block.beta.item()),)}
         return named(arrays)
 
-    top = {"ln_f": gain_and_shift(model.ln_f)} if c.use_layernorm else {}
+    top = {"ln_f": gain_and_shift(model.ln_f)} if c.final_layernorm else {}
     wte = model.wte.weight.detach().numpy()
     return flat({"wte": wte, "wpe": model.wpe.weight.detach().numpy(), "head": wte.T, **named(top)}, map(block, model.blocks), dtype)
 
@@ -65,5 +65,5 @@ def plain_block_steps(c, block, f=None, last=False):
 
 
 def plain_head_steps(c, arrays, f=None):
-    n, W = "n" if c.use_layernorm else "x", weights_in(arrays)
-    return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.use_layernorm + [("head", "logits", logits, [n] + W("head"))]
+    n, W = "n" if c.final_layernorm else "x", weights_in(arrays)
+    return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.final_layernorm + [("head", "logits", logits, [n] + W("head"))]

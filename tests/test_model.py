@@ -41,7 +41,10 @@ def tokens(B=3, T=16, seed=1):
 def by_the_equations(model, idx):
     """Logits (T, V) and entropies (L, H, T) of one sequence, a row at a time, from eq. 1, 3, 4, 6, 7, 8 and 9."""
     c, T, d_k = model.config, len(idx), model.config.n_embd // model.config.n_head
-    ln = lambda module, x: (F.layer_norm(x, (c.n_embd,), module.weight, module.bias) if c.use_layernorm else x)
+
+    def ln(module, x, used=c.use_layernorm):
+        return F.layer_norm(x, (c.n_embd,), module.weight, module.bias) if used else x
+
     x, entropies = torch.stack([model.wte.weight[t] + model.wpe.weight[i] for i, t in enumerate(idx)]), []
     for block in model.blocks:
         h = ln(block.ln_1, x)
@@ -65,13 +68,14 @@ def by_the_equations(model, idx):
             y = h @ block.ffn.w_in.weight.T
             y = (F.gelu(y) if c.use_gelu else y.clamp(min=0) if c.use_relu else y) @ block.ffn.w_out.weight.T
         x = block.beta * x + y / block.alpha if c.learnable_ffn_scale else x + y
-    return ln(model.ln_f, x) @ model.wte.weight.T, torch.stack(entropies).view(c.n_layer, c.n_head, T)
+    return ln(model.ln_f, x, c.final_layernorm) @ model.wte.weight.T, torch.stack(entropies).view(c.n_layer, c.n_head, T)
 
 
+@pytest.mark.parametrize("final_layernorm", (True, False))
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_is_its_equations(name):
-    model, idx = build(**ARCHITECTURES[name]), tokens(T=7)
-    assert model.config.name == name
+def test_every_architecture_is_its_equations(name, final_layernorm):
+    model, idx = build(**ARCHITECTURES[name], final_layernorm=final_layernorm), tokens(T=7)
+    assert model.config.name == name + ("" if final_layernorm else ", no ln_f")
     # the entropy's eps, 1e-9, is all that separates them from float64 precision
     logits, loss, entropy = model(idx, idx, return_entropy=True)
     wanted, wanted_entropy = by_the_equations(model, idx[0])

@@ -21,6 +21,7 @@ def one_hot(idx, dtype=np.float64):
 
 VARIANTS = {**ARCHITECTURES, "SM+WNorm(QKVO+FFN)": dict(use_layernorm=False, use_gelu=False, weight_norm="qkvo+ffn"),
             "GPT-2's biases": dict(bias=True, gelu_tanh=True), "softmax only with biases": dict(ARCHITECTURES["SM+ScFFN"], bias=True),
+            "softmax only, no ln_f": dict(ARCHITECTURES["SM+ScFuFFN"], final_layernorm=False), "SM+G, no ln_f": dict(ARCHITECTURES["SM+G"], final_layernorm=False),
             "SM+LN+ScFuFFN": dict(use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True), "SM+R+ScFFN": dict(ARCHITECTURES["SM+R"], learnable_ffn_scale=True)}
 
 
@@ -83,7 +84,7 @@ def test_a_softmax_only_block_is_attention_alone():
 
 def test_the_head_of_many_rows_goes_in_pieces():
     """All of it at once took more than 24 GB at the paper's size; of the one row of a next token nothing is cut."""
-    rng, c = np.random.default_rng(0), GPTConfig(use_layernorm=False)
+    rng, c = np.random.default_rng(0), GPTConfig(use_layernorm=False, final_layernorm=False)
     x, W, b = rng.normal(size=(5, 8)), rng.normal(size=(8, 5000)), rng.normal(size=5000)
     (_, output, logits, inputs), = head_steps(c, {"head": W, "head_b": b}, SECURE)
     assert (output, inputs) == ("logits", ["x", "W.head", "W.head_b"])
