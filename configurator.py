@@ -12,6 +12,7 @@ missing file is one line on stderr and exit status 2, before anything has starte
 import ast
 import difflib
 import os
+import signal
 import sys
 
 TYPES = (bool, int, float, str)
@@ -26,6 +27,16 @@ def die(message, status=1):
     """Print one line on stderr and exit with `status`: every error a user can cause ends here."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def end_on_signals():
+    """From here on Ctrl-C, SIGTERM and SIGHUP end the process with one line, even within an import. A script calls it first."""
+    def end(number, frame):
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
 
 
 def one_of(settings, show=str, **allowed):

@@ -25,6 +25,13 @@ from entropy import attention_with_entropy, causal_block_mask
 
 NORM_PLACES = ("none", "qk", "ffn", "qk+ffn", "qkv+ffn", "qkvo+ffn")  # the columns of the paper's Table 4
 
+ACTIVATIONS = {  # GPTConfig.activation: its letter in the paper's names, and the function
+    "gelu": ("G", nn.GELU()),
+    "gelu_tanh": ("G", nn.GELU("tanh")),
+    "relu": ("R", nn.ReLU()),
+    "none": ("", nn.Identity()),
+}
+
 
 @dataclass
 class GPTConfig:
@@ -56,7 +63,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} cannot be split among n_head={self.n_head} heads")
         if self.use_gelu and self.use_relu:
             raise ValueError("use_gelu and use_relu are both on: the FFN has one activation, switch one off")
-        if self.fuse_ffn and (self.use_gelu or self.use_relu):
+        if self.fuse_ffn and self.activation != "none":
             raise ValueError("fuse_ffn needs an FFN without activation: set use_gelu=False and use_relu=False")
         if self.temperature_init <= 0:
             raise ValueError(f"temperature_init must be positive, and is {self.temperature_init}")
@@ -67,10 +74,17 @@ class GPTConfig:
             raise ValueError("weight_norm and spectral_norm are both on: choose one")
 
     @property
+    def activation(self):
+        """The FFN's activation, a key of ACTIVATIONS; "none" for a linear FFN."""
+        if self.use_gelu:
+            return "gelu_tanh" if self.gelu_tanh else "gelu"
+        return "relu" if self.use_relu else "none"
+
+    @property
     def name(self):
         """The paper's name of this architecture (Table 1), such as SM+LN+G or SM(t)+ScFuFFN."""
         parts = ["SM(th)" if self.learnable_temperature and self.temperature_per_head else "SM(t)" if self.learnable_temperature else "SM"]
-        parts += ["LN"] * self.use_layernorm + ["G"] * self.use_gelu + ["R"] * self.use_relu
+        parts += ["LN"] * self.use_layernorm + [ACTIVATIONS[self.activation][0]] * (self.activation != "none")
         if self.fuse_ffn or self.learnable_ffn_scale:
             parts.append("Sc" * self.learnable_ffn_scale + "Fu" * self.fuse_ffn + "FFN")
         for norm, where in (("WNorm", self.weight_norm), ("SNorm", self.spectral_norm)):
@@ -142,7 +156,7 @@ class FFN(nn.Module):
         else:
             self.w_in = linear(c, d, 4 * d, "ffn", c.bias)
             self.w_out = linear(c, 4 * d, d, "ffn", c.bias)
-            self.act = nn.GELU("tanh" if c.gelu_tanh else "none") if c.use_gelu else nn.ReLU() if c.use_relu else nn.Identity()
+            self.act = ACTIVATIONS[c.activation][1]
 
     def forward(self, x):
         return self.w_ffn(x) if hasattr(self, "w_ffn") else self.w_out(self.act(self.w_in(x)))
@@ -220,8 +234,8 @@ class GPT(nn.Module):
         ops = {"SM": (c.n_layer * c.n_head, (c.block_size, c.block_size))}
         if c.use_layernorm:
             ops["LN"] = (2 * c.n_layer, (c.block_size, c.n_embd))
-        if c.use_gelu or c.use_relu:
-            ops["G" if c.use_gelu else "R"] = (c.n_layer, (c.block_size, 4 * c.n_embd))
+        if c.activation != "none":
+            ops[ACTIVATIONS[c.activation][0]] = (c.n_layer, (c.block_size, 4 * c.n_embd))
         return ops
 
     def flops(self):

@@ -120,7 +120,7 @@ def fold_block(block, c, R=None, R_next=None):
         inverse = np.linalg.inv(R)
         arrays |= {"qkv": (R @ W, b), "o": (o @ inverse, bo @ inverse + ffn_matrix(block, c)[1] @ np.linalg.inv(R_next))}
         return named(arrays)
-    if c.use_gelu or c.use_relu:
+    if c.activation != "none":
         alpha = block.alpha.item() if c.learnable_ffn_scale else 1.0
         W_out, b_out = matrix(block.ffn.w_out)
         arrays |= {"in": after_norm(block.ln_2, *matrix(block.ffn.w_in)), "up": (W_out / alpha, b_out / alpha)}
@@ -142,7 +142,7 @@ def export(model, dtype=np.float32):
     """
     c, wte, wpe = model.config, *(e.weight.detach().double().numpy() for e in (model.wte, model.wpe))
     head, head_b = after_norm(model.ln_f, wte.T, np.zeros(len(wte)))
-    R = None if c.use_layernorm or c.use_gelu or c.use_relu else bases(model.blocks, c)
+    R = None if c.use_layernorm or c.activation != "none" else bases(model.blocks, c)
     if R:
         first = np.linalg.inv(R[0])
         wte, wpe = wte @ first, wpe @ first
@@ -200,12 +200,12 @@ def attention_steps(c, block, f, n):
         return e[..., :-1] @ (v[:, :-1] - v[:, -1:])
 
     def normalised(y, e, qkv):  # after the product: T x d quotients, not H x T x T
-        return unheads(y * f["reciprocal"](e.sum(-1, keepdims=True), c.block_size) + heads(qkv, 2)[:, -1:])
+        return unheads(y * f.reciprocal(e.sum(-1, keepdims=True), c.block_size) + heads(qkv, 2)[:, -1:])
 
     temperature = [("temperature", "qkv", lambda qkv, t: jnp.hstack((unheads(heads(qkv, 0) * t), qkv[:, d:])), ["qkv", "W.inverse_t"])]
     return [("matmul", "qkv", matmul, [n] + W("qkv")), *temperature * ("inverse_t" in block),
             ("matmul", "s", lambda qkv: heads(qkv, 0) @ heads(qkv, 1).transpose(0, 2, 1), ["qkv"]),
-            ("softmax", "e", f["exponentials"], ["s"]),
+            ("softmax", "e", f.exponentials, ["s"]),
             ("matmul", "y", mixed, ["e", "qkv"]),
             ("softmax", "y", normalised, ["y", "e", "qkv"])]
 
@@ -220,14 +220,14 @@ def last_attention_steps(c, block, f, n):
     own = np.repeat(np.eye(H), d // H, 1) > 0.5  # (H, d), each head's columns
 
     def normalised(y, e):
-        return (y * f["reciprocal"](e.sum(-1), c.block_size)).reshape(1, d)
+        return (y * f.reciprocal(e.sum(-1), c.block_size)).reshape(1, d)
 
     temperature = [("temperature", "q", lambda q, t, last: q * jnp.repeat((last @ t).ravel(), d // H), ["q", "W.inverse_t", "last"])]
     return [*(("matmul", name, jnp.matmul, ["last", name[4:]]) for name in dict.fromkeys(("row " + n, "row x"))),
             ("matmul", "q", lambda n, *w: matmul(n, *(a[..., :d] for a in w)), ["row " + n] + W("qkv")), *temperature * ("inverse_t" in block),
             ("matmul", "z", lambda q, w: only(own, q) @ w[:, d:2 * d].T, ["q", "W.qkv"]),
             ("matmul", "s", lambda z, n: (z @ n.T)[:, None], ["z", n]),
-            ("softmax", "e", f["row_exponentials"], ["s", "seen"]),
+            ("softmax", "e", f.row_exponentials, ["s", "seen"]),
             ("matmul", "z", lambda e, n: e[:, 0] @ n, ["e", n]),
             ("matmul", "y", lambda z, w: only(own, z @ w[:, 2 * d:]).sum(0).reshape(H, -1), ["z", "W.qkv"]),
             ("softmax", "y", normalised, ["y", "e"])]
@@ -239,14 +239,14 @@ def block_steps(c, block, f, last=False):
     being one of the block's arrays. Splitting costs nothing under MPC, and shows what each kind of operation costs.
     """
     W, n = weights_in(block), "n" if c.use_layernorm else "x"
-    norm = [("LayerNorm", "n", f["normalise"], ["x"])] * c.use_layernorm
+    norm = [("LayerNorm", "n", f.normalise, ["x"])] * c.use_layernorm
     steps = norm + (last_attention_steps if last else attention_steps)(c, block, f, n)
     steps += [("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["row x" if last else "x", "y"] + W("o"))]
     if "ffn" not in block and "in" not in block:
         return steps
     steps, after = steps + norm, W("ffn")
     if "in" in block:
-        act = ("GELU", "h", f["gelu_tanh" if c.gelu_tanh else "gelu"], ["h"]) if c.use_gelu else ("ReLU", "h", f["relu"], ["h"])
+        act = ("GELU" if c.use_gelu else "ReLU", "h", f.activation[c.activation], ["h"])
         steps += [("matmul", "h", matmul, [n] + W("in")), act]
         n, after = "h", W("up")
     if "beta" in block:
@@ -269,7 +269,7 @@ def head_steps(c, arrays, f):
     """The logits of rows x."""
     n = "n" if c.final_layernorm else "x"
     basis = [("head", "x", matmul, ["x", "W.basis"])] if "basis" in arrays else []
-    return basis + [("head", "n", f["normalise"], ["x"])] * c.final_layernorm + [("head", "logits", logits, [n] + weights_in(arrays)("head"))]
+    return basis + [("head", "n", f.normalise, ["x"])] * c.final_layernorm + [("head", "logits", logits, [n] + weights_in(arrays)("head"))]
 
 
 def run(steps, arrays, values):

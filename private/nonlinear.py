@@ -7,6 +7,7 @@ comparison 82, square 147, product of secrets 221 (in whole blocks; results/priv
 """
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,17 @@ def by_rows(f):
     return lambda x, *rest: jnp.concatenate([f(x[i:i + 128], *rest) for i in range(0, len(x), 128)])
 
 
-EXACT = dict(normalise=normalise, exponentials=exponentials, row_exponentials=exponentials, reciprocal=lambda s, most: 1 / s,
-             gelu=partial(jax.nn.gelu, approximate=False), gelu_tanh=jax.nn.gelu, relu=jax.nn.relu)
-SECURE = dict(normalise=by_rows(secure_normalise), exponentials=secure_exponentials, row_exponentials=secure_row_exponentials, reciprocal=secure_reciprocal,
-              gelu=by_rows(secure_gelu), gelu_tanh=by_rows(secure_gelu), relu=by_rows(jax.nn.relu))
+EXACT = SimpleNamespace(
+    normalise=normalise,
+    exponentials=exponentials,
+    row_exponentials=exponentials,
+    reciprocal=lambda s, most: 1 / s,
+    activation={"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu},
+)
+SECURE = SimpleNamespace(
+    normalise=by_rows(secure_normalise),
+    exponentials=secure_exponentials,
+    row_exponentials=secure_row_exponentials,
+    reciprocal=secure_reciprocal,
+    activation={"gelu": by_rows(secure_gelu), "gelu_tanh": by_rows(secure_gelu), "relu": by_rows(jax.nn.relu)},
+)

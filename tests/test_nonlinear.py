@@ -22,7 +22,7 @@ def test_reciprocal_by_newton(most):
 @pytest.mark.parametrize("rows", [1, 5, 129, 300])
 def test_layernorm_by_matrix_products(rows):
     x = (np.random.default_rng(0).standard_normal((rows, 32)) * 9 + 3).astype(np.float32)
-    step = nonlinear.SECURE["normalise"]
+    step = nonlinear.SECURE.normalise
     assert np.abs(np.asarray(step(x)) - np.asarray(nonlinear.normalise(x))).max() < 1e-5
     assert f"[{rows},{rows}]" in str(jax.make_jaxpr(nonlinear.secure_normalise)(x))
     assert (f"[{rows},{rows}]" in str(jax.make_jaxpr(step)(x))) == (rows <= 128)  # its price stops growing with their square
@@ -30,7 +30,7 @@ def test_layernorm_by_matrix_products(rows):
 
 def test_the_gelu_fit(in_the_clear):
     x = np.linspace(-20, 20, 100_001, dtype=np.float32)
-    for exact in (nonlinear.EXACT["gelu"], nonlinear.EXACT["gelu_tanh"]):
+    for exact in (nonlinear.EXACT.activation["gelu"], nonlinear.EXACT.activation["gelu_tanh"]):
         error = np.asarray(nonlinear.secure_gelu(x) - exact(x))
         assert np.abs(error).max() < 7e-3
         for spread in (0.65, 1, 2):  # of a trained model's numbers: what all have in common adds up in the next matrix
