@@ -16,8 +16,10 @@ from private.plain import plain_block, plain_head
 
 ROWS = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
 GROUP = 8    # buckets that a product takes
-BUCKETED_V = 8 * ROWS  # a vocabulary of this size or more, and a context of this length or more,
-BUCKETED_T = 32        # are looked up by buckets: below, one-hot products send less
+# The embedding is looked up by buckets from this size and context on. Buckets take 2 QUERIES V
+# products for every column and one-hot rows T V, cheap where the vocabulary is a few pieces.
+BUCKETED_V = 8 * ROWS
+BUCKETED_T = 4 * QUERIES
 SCALE = 2**16  # the embedding is looked up in integers, exact to 1 / SCALE
 NO_TOKEN = -1  # at positions past the prompt
 
