@@ -81,7 +81,7 @@ PUBLISHED = {  # (n_layer, block_size): {arch: (GB, minutes)} of the paper's Tab
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model, the code and its libraries
-CODE = ("bench_spu.py", "model.py", "pi_export.py", *(f"private/{name}.py" for name in ("engine", "infer", "lookup", "meet", "nonlinear", "plain")))  # what both run: another of these would make garbage of the result
+CODE = ("bench_spu.py", "model.py", "pi_export.py", *(f"private/{name}.py" for name in ("block", "engine", "infer", "lookup", "meet", "nonlinear", "plain")))  # what both run: another of these would make garbage of the result
 
 
 # ------------------------------------------------------------------------------------------------ one party

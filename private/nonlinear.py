@@ -15,13 +15,13 @@ import numpy as np
 
 
 # ------------------------------------------------------------------------------------------------ exact
-def normalise(x):
+def normalise(x, unit=1.0):
     """LayerNorm without gain and bias, rows of (T, d)."""
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
 
-def exponentials(s, seen=None):
+def exponentials(s, seen=None, last=None):
     """
     exp(logit - row maximum) of the logits s (H, rows, T), given in units of LOGIT_UNIT, where seen (rows, T) is 1; 0 elsewhere. Without
     seen, rows is T and all is causal.
@@ -50,7 +50,7 @@ def only(diagonal, x):
     return jnp.where(diagonal, x, 0.0)
 
 
-def secure_normalise(x):
+def secure_normalise(x, unit=1.0):
     """
     normalise() by two matrix products: the variances are the diagonal of x x^T / d, and rows are scaled by diag(r) x. 15 MB for
     128 x 768, where two products for every entry take 44; slower, as the engine's time goes into matrix products. Both products have
@@ -106,7 +106,7 @@ def secure_exponentials(s):
     return jnp.concatenate((e, jnp.zeros((H, 1))), 1)[:, place.ravel()].reshape(H, T, T)
 
 
-def secure_row_exponentials(s, seen):
+def secure_row_exponentials(s, seen, last=None):
     """exponentials() of one row (H, 1, T), seen (1, T) a secret: what isn't seen is lowered beyond the clip before the maximum, and zeroed after."""
     s = s + 1024 * (seen - 1)
     return secure_exp(jnp.maximum(s - s.max(-1, keepdims=True), -2.0) + 1) * seen
@@ -160,7 +160,7 @@ def secure_argmax(x):
 
 def by_rows(f):
     """f, row by row anyway, on 128 rows at a time: no more bytes, and the engine's memory doesn't grow with T (its encoding of GPT-2 small's QKV: 7 GB)."""
-    return lambda x, *rest: jnp.concatenate([f(x[i:i + 128], *rest) for i in range(0, len(x), 128)])
+    return lambda x, *rest, **static: jnp.concatenate([f(x[i:i + 128], *rest, **static) for i in range(0, len(x), 128)])
 
 
 EXACT = SimpleNamespace(
