@@ -29,8 +29,9 @@ import torch
 
 from configurator import configure, die, one_of, setting_names
 from data.prepare import open_dataset
-from entropy import EntropyRegularizer, describe, diagnosis, draw, max_causal_entropy, read_log
+from entropy import EntropyRegularizer, max_causal_entropy
 from model import GPT, GPTConfig, cpu_bf16_unit, load_checkpoint, save_checkpoint
+from plot import describe, diagnosis, draw, read_log
 
 # ------------------------------------------------------------------------------------------------ settings
 # The defaults are the small scale that runs anywhere; config/on_*.py are the paper's.

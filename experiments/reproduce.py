@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from configurator import configure, die  # noqa: E402
-from entropy import draw, draw_history, look, quartile_distribution, read_log  # noqa: E402
+from entropy import quartile_distribution  # noqa: E402
+from plot import draw, draw_history, look, read_log  # noqa: E402
 
 only = ""               # tables to train for, comma-separated, or none; all if empty
 scale = "cpu"           # cpu: train.py's defaults | gpu: GPT-2 small

@@ -116,7 +116,7 @@ def test_pieces_are_trained_without_looking_over_their_edge(data_dir, source, tm
     meta = tmp_path / "mine" / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_tokens": 32}))
     run("train.py", *TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=5", "--plot=False")
-    run("entropy.py", f"--out_dir={tmp_path / 'out'}")
+    run("plot.py", f"--out_dir={tmp_path / 'out'}")
     seen, last = json.loads((tmp_path / "out" / "entropy.json").read_text())[0], [r for r in records(tmp_path / "out") if r["event"] == "eval"][-1]
     assert torch.allclose(torch.tensor(seen["head_entropy"]), torch.tensor(last["head_entropy"]), atol=1e-3)
     out = run("train.py", *TINY, "--block_size=16", f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out2'}", status=1)
