@@ -144,8 +144,11 @@ def line(r):
 
 
 configure(globals())
-one_of(globals(), dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"))
+one_of(globals(), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"),
+       compile=("auto", "yes", "no"))
 within(globals(), tokens=(1, 2**30), rounds=(1, 10**6))
+if device == "auto" and not torch.cuda.is_available():
+    device = "cpu"  # Apple's GPU has no peak memory to tell
 try:
     lengths = [int(T) for T in block_sizes.split(",")]
     for T in lengths:
@@ -158,8 +161,6 @@ try:
         open(json, "a").close()
 except OSError as e:
     die(f"json must be a file in a folder that exists: can't write {json}: {e.strerror}", 2)
-if device not in ("cpu", "cuda"):
-    die(f"device must be cpu or cuda here, and is {device!r}", 2)
 torch.set_float32_matmul_precision("high")
 torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, silently
 peak = matmul_peak()
