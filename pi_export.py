@@ -227,7 +227,7 @@ def last_attention_steps(c, block, f, n):
             ("matmul", "q", lambda n, *w: matmul(n, *(a[..., :d] for a in w)), ["row " + n] + W("qkv")), *temperature * ("inverse_t" in block),
             ("matmul", "z", lambda q, w: only(own, q) @ w[:, d:2 * d].T, ["q", "W.qkv"]),
             ("matmul", "s", lambda z, n: (z @ n.T)[:, None], ["z", n]),
-            ("softmax", "e", f.row_exponentials, ["s", "seen"]),
+            ("softmax", "e", f.row_exponentials, ["s", "seen", "last"]),
             ("matmul", "z", lambda e, n: e[:, 0] @ n, ["e", n]),
             ("matmul", "y", lambda z, w: only(own, z @ w[:, 2 * d:]).sum(0).reshape(H, -1), ["z", "W.qkv"]),
             ("softmax", "y", normalised, ["y", "e"])]
