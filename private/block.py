@@ -1,0 +1,272 @@
+"""
+The private block and the head, over pi_export.py's arrays, for one sequence.
+
+Every step is a call op(kind, function, *values, **static). In the clear op is now(), which runs
+the function at once; under MPC op is Engine.op, which compiles the function, runs it on secrets
+and enters the cost under its kind. Cutting the model into steps costs nothing there, and shows
+what each kind of operation costs. The functions are pure; keywords hold what is public.
+
+Shapes: T tokens, width d, H heads of d_k = d / H each, V words. w holds a block's weights as
+{name: (W,) or (W, b)}, see weights_of(); f is nonlinear.py's EXACT or SECURE.
+"""
+import jax.numpy as jnp
+import numpy as np
+
+from model import ACTIVATIONS
+from private.nonlinear import EXACT, by_rows, only
+
+WORDS = 2048  # of the vocabulary that a product of many rows takes at a time
+HEAD = ("head", "basis", "ln_f")  # the arrays of head() and of plain_head(), as prefixes
+
+
+# -------------------------------------------------------------------------------------------- model
+def block(op, x, w, c, f, units=(1.0, 1.0)):
+    """
+    One block, eq. 1 and 8: x (T, d) -> (T, d). units: of its two LayerNorms, see nonlinear.py.
+    """
+    n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
+    y = attention(op, n, w, c, f)                                                 # (T, d)
+    x = op("matmul", add_linear, x, y, *w["o"])                                   # (T, d)
+    return ffn(op, x, w, c, f, units[1])                                          # (T, d)
+
+
+def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0)):
+    """
+    The last block, of which a next token needs one row: x (T, d) -> (1, d). last and seen (1, T)
+    are row_masks(): which row it is stays the client's secret.
+    """
+    n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
+    own = op("matmul", jnp.matmul, last, n)                                       # (1, d)
+    x = op("matmul", jnp.matmul, last, x) if c.use_layernorm else own             # (1, d)
+    y = row_attention(op, n, own, last, seen, w, c, f)                            # (1, d)
+    x = op("matmul", add_linear, x, y, *w["o"])                                   # (1, d)
+    return ffn(op, x, w, c, f, units[1])                                          # (1, d)
+
+
+def attention(op, n, w, c, f):
+    """
+    softmax(Q K^T) V, eq. 3, 6 and 9: n (T, d) -> (T, d).
+
+    The product with V takes one key fewer than there are: a row's weights sum to 1, so that
+    A V = A' (V' - v) + v, where v is the last key's value and A' and V' leave that key out. At
+    T = 128 SPU then takes the keys in two halves, which is faster ("A V" in
+    results/private_ledger.md).
+    """
+    H = c.n_head
+    qkv = op("matmul", linear, n, *w["qkv"])                                   # (T, 3 d)
+    if "inverse_t" in w:
+        qkv = op("temperature", by_temperature, qkv, *w["inverse_t"])          # (T, 3 d)
+    s = op("matmul", scores, qkv, n_head=H)                                    # (H, T, T)
+    e = op("softmax", f.exponentials, s)                                       # (H, T, T)
+    y = op("matmul", mix, e, qkv, n_head=H)                                    # (H, T, d_k)
+    return op("softmax", divide, y, e, qkv, n_head=H,
+              reciprocal=f.reciprocal, most=c.block_size)                      # (T, d)
+
+
+def row_attention(op, n, own, last, seen, w, c, f):
+    """
+    The same of one row: n (T, d) and that row itself, own (1, d) -> (1, d).
+
+    Keys and values are not made. Head by head q k_j = (q W_K^T) n_j and
+    sum_j A_j v_j = (sum_j A_j n_j) W_V take a product by a matrix for each head, where keys and
+    values take one for each position.
+    """
+    H = c.n_head
+    W_qkv = w["qkv"][0]                                                        # (d, 3 d)
+    q = op("matmul", query, own, *w["qkv"])                                    # (1, d)
+    if "inverse_t" in w:
+        q = op("temperature", by_own_temperature, q, *w["inverse_t"], last)    # (1, d)
+    z = op("matmul", through_keys, q, W_qkv, n_head=H)                         # (H, d)
+    s = op("matmul", row_scores, z, n)                                         # (H, 1, T)
+    e = op("softmax", f.row_exponentials, s, seen, last)                       # (H, 1, T)
+    z = op("matmul", mix_rows, e, n)                                           # (H, d)
+    y = op("matmul", through_values, z, W_qkv)                                 # (H, d_k)
+    return op("softmax", divide_row, y, e,
+              reciprocal=f.reciprocal, most=c.block_size)                      # (1, d)
+
+
+def ffn(op, x, w, c, f, unit=1.0):
+    """beta x + (1/alpha) FFN(LN(x)), eq. 8: x (rows, d) -> (rows, d). The arrays hold 1/alpha."""
+    if "ffn" not in w and "in" not in w:  # a softmax-only model: folded into the basis of x
+        return x
+    h = op("LayerNorm", f.normalise, x, unit=unit) if c.use_layernorm else x   # (rows, d)
+    if "in" in w:
+        h = op("matmul", linear, h, *w["in"])                                  # (rows, 4 d)
+        h = op(activation_kind(c), f.activation[c.activation], h)              # (rows, 4 d)
+        W_and_b = w["up"]
+    else:
+        W_and_b = w["ffn"]
+    if "beta" in w:
+        return op("matmul", scale_add_linear, x, h, *w["beta"], *W_and_b)      # (rows, d)
+    return op("matmul", add_linear, x, h, *W_and_b)                            # (rows, d)
+
+
+def head(op, x, w, c, f, unit=1.0):
+    """The logits of rows x: (rows, d) -> (rows, V)."""
+    if "basis" in w:  # a softmax-only model's x is written in another basis than ln_f's
+        x = op("head", linear, x, *w["basis"])                                 # (rows, d)
+    if c.final_layernorm:
+        x = op("head", f.normalise, x, unit=unit)                              # (rows, d)
+    return op("head", logits, x, *w["head"])                                   # (rows, V)
+
+
+def activation_kind(c):
+    """What the cost of the FFN's activation is entered under: its class in torch, such as GELU."""
+    return type(ACTIVATIONS[c.activation][1]).__name__
+
+
+# ---------------------------------------------------------------------------- matmul and its like
+def linear(x, W, b=None):
+    """x W + b, some rows of x at a time."""
+    y = by_rows(jnp.matmul)(x, W)
+    return y if b is None else y + b
+
+
+def add_linear(x, y, W, b=None):
+    """x + (y W + b)."""
+    return x + linear(y, W, b)
+
+
+def scale_add_linear(x, y, beta, W, b=None):
+    """beta x + (y W + b)."""
+    return beta * x + linear(y, W, b)
+
+
+def logits(x, W, b=None):
+    """x W + b. Of many rows, some words at a time: SPU encodes the whole product in memory."""
+    if len(x) == 1:
+        y = x @ W
+    else:
+        y = jnp.hstack([linear(x, W[:, i:i + WORDS]) for i in range(0, W.shape[1], WORDS)])
+    return y if b is None else y + b
+
+
+def split_heads(qkv, n_head):
+    """(T, 3 d) -> Q, K, V, each (H, T, d_k)."""
+    T = len(qkv)
+    return [a.reshape(T, n_head, -1).transpose(1, 0, 2) for a in jnp.split(qkv, 3, axis=1)]
+
+
+def join_heads(y):
+    """(H, T, d_k) -> (T, d)."""
+    return y.transpose(1, 0, 2).reshape(y.shape[1], -1)
+
+
+def by_temperature(qkv, inverse_t):
+    """Row i of each head's Q times inverse_t (H, T, 1): T x d products; logits are H x T x T."""
+    q, _, _ = split_heads(qkv, len(inverse_t))
+    d = qkv.shape[1] // 3
+    return jnp.hstack((join_heads(q * inverse_t), qkv[:, d:]))
+
+
+def scores(qkv, n_head):
+    """Q K^T, whose 1 / sqrt(d_k) is in Q already."""
+    q, k, _ = split_heads(qkv, n_head)
+    return q @ k.transpose(0, 2, 1)
+
+
+def mix(e, qkv, n_head):
+    """A' (V' - v), see attention()."""
+    _, _, v = split_heads(qkv, n_head)
+    return e[..., :-1] @ (v[:, :-1] - v[:, -1:])
+
+
+def divide(y, e, qkv, n_head, reciprocal, most):
+    """
+    y / (the row sums of e) + v, heads side by side. Divided after the product with V it takes T x d
+    quotients, where the weights are H x T x T. most: the largest that a sum can be.
+    """
+    _, _, v = split_heads(qkv, n_head)
+    return join_heads(y * reciprocal(e.sum(-1, keepdims=True), most) + v[:, -1:])
+
+
+# ------------------------------------------------------------------------------ the same of one row
+def query(n, *W_and_b):
+    """Q of one row: the first d columns of linear()."""
+    d = n.shape[1]
+    return linear(n, *(a[..., :d] for a in W_and_b))
+
+
+def by_own_temperature(q, inverse_t, last):
+    """q (1, d), each head's part times its inverse_t (H, T, 1) at the row that `last` marks."""
+    d_k = q.shape[1] // len(inverse_t)
+    return q * jnp.repeat((last @ inverse_t).ravel(), d_k)
+
+
+def own_columns(n_head, d):
+    """(H, d), True at each head's columns."""
+    return np.repeat(np.eye(n_head, dtype=bool), d // n_head, axis=1)
+
+
+def through_keys(q, W, n_head):
+    """q W_K^T of each head: (1, d) -> (H, d)."""
+    d = q.shape[1]
+    return only(own_columns(n_head, d), q) @ W[:, d:2 * d].T
+
+
+def row_scores(z, n):
+    """A row of logits for each head: z (H, d), n (T, d) -> (H, 1, T)."""
+    return (z @ n.T)[:, None]
+
+
+def mix_rows(e, n):
+    """sum_j A_j n_j of each head, (H, d), its weights not yet divided by their sum."""
+    return e[:, 0] @ n
+
+
+def through_values(z, W):
+    """z W_V of each head: (H, d) -> (H, d_k)."""
+    H, d = z.shape
+    return only(own_columns(H, d), z @ W[:, 2 * d:]).sum(0).reshape(H, -1)
+
+
+def divide_row(y, e, reciprocal, most):
+    """y / (the row sums of e), heads side by side: (1, d)."""
+    return (y * reciprocal(e.sum(-1), most)).reshape(1, -1)
+
+
+# ------------------------------------------------------------------------------------ in the clear
+def now(kind, function, *values, **static):
+    """The op() that runs in the clear."""
+    return function(*values, **static)
+
+
+def weights_of(arrays, *prefixes):
+    """
+    Of the arrays, or of what stands for them, those whose names start with one of the prefixes,
+    each with its bias if it has one: {"blocks.0.qkv": W, "blocks.0.qkv_b": b} -> {"qkv": (W, b)}.
+    """
+    mine = {k.split(".")[-1]: a for k, a in arrays.items() if k.startswith(prefixes)}
+    paired = {}
+    for name, a in mine.items():
+        if not name.endswith("_b"):
+            paired[name] = (a, mine[name + "_b"]) if name + "_b" in mine else (a,)
+    return paired
+
+
+def row_masks(row, T):
+    """last (1, T), 1 at `row` and 0 elsewhere, and seen (1, T), 1 up to it."""
+    last = np.eye(T, dtype=np.float32)[row:row + 1]
+    seen = np.tri(T, dtype=np.float32)[row:row + 1]
+    return last, seen
+
+
+def forward(arrays, c, one_hot, f=EXACT, row=None, units=None):
+    """
+    Logits (T, V) of one sequence, or (1, V) of position `row`, in the clear. one_hot (T, V): row i
+    is the token at position i; c: the GPTConfig; f: EXACT or SECURE, whose square() means what it
+    says only where exp(x) is (1 + x/2)^2; units: of the 2 L + 1 LayerNorms.
+    """
+    T, L = len(one_hot), c.n_layer
+    units = units or [1.0] * (2 * L + 1)
+    x = one_hot @ arrays["wte"] + arrays["wpe"][:T]                            # (T, d)
+    for i in range(L):
+        w = weights_of(arrays, f"blocks.{i}.")
+        if "inverse_t" in w:
+            w["inverse_t"] = (w["inverse_t"][0][:, :T],)                       # (H, T, 1)
+        own_units = units[2 * i:2 * i + 2]
+        if row is not None and i == L - 1:
+            x = last_block(now, x, *row_masks(row, T), w, c, f, own_units)     # (1, d)
+        else:
+            x = block(now, x, w, c, f, own_units)                              # (T, d)
+    return head(now, x, weights_of(arrays, *HEAD), c, f, units[-1])            # (T, V) or (1, V)
