@@ -81,7 +81,7 @@ PUBLISHED = {  # (n_layer, block_size): {arch: (GB, minutes)} of the paper's Tab
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides the model, the code and its libraries
-CODE = ("bench_spu.py", "model.py", "pi_export.py", *(f"private/{name}.py" for name in ("engine", "infer", "lookup", "meet", "nonlinear", "plain")))  # what both run: another of these would make garbage of the result
+CODE = ("bench_spu.py", "model.py", "pi_export.py", *(f"private/{name}.py" for name in ("block", "engine", "files", "infer", "lookup", "meet", "nonlinear", "plain")))  # what both run: another of these would make garbage of the result
 
 
 # ------------------------------------------------------------------------------------------------ one party
@@ -156,26 +156,22 @@ def one_party():
     from private.engine import Engine
     from private.infer import infer
     from private.meet import ROLES, greet, quit_now
-    from pi_export import load_embedding, load_weights
+    from pi_export import load_embedding, load_public, load_server
     rank, weights, ids = ROLES.index(role), None, None
     path = os.path.join(private, "public.json") if role == "server" else public or die(f"--role={role} needs --public, the server's public.json", 2)
-    shared = read_json(path)
     try:
+        shared = load_public(path)
         check_layers(shared["embedding"])
         c = asdict(GPTConfig(**shared["config"]))
         if plain != ("blocks.0.qk" in shared["shapes"]):
             die("--plain takes other weights than pi_export.py writes: it is for --role=both, which exports them itself", 2)
         if role == "server":
-            weights = load_weights(os.path.join(private, "server.npz"))
-            if {k: list(v.shape) for k, v in weights.items()} != shared["shapes"]:
-                die(f"{private}/server.npz and public.json are not of one model: run python pi_export.py again")
+            shared, weights = load_server(private)
         if role == "client":
             ids, texts = tokenize(shared, prompt), held_out(shared, windows_file) if windows else []
             weights = None if shared["embedding"] == "private" else load_embedding(os.path.dirname(path), shared)
     except ValueError as e:
         die(e)
-    except (KeyError, TypeError):
-        die(f"{path} is not a public.json: make it with python pi_export.py")
     import jax
     import spu
     addresses = [":".join(map(str, host_port(a, "--peer"))) for a in peer.split(",")]
@@ -250,7 +246,10 @@ def both(model, tokenizer, val, plain=False, done=()):
     roles = ROLES[:3 if protocol == "aby3" else 2]
     with tempfile.TemporaryDirectory() as folder:
         secret, result, logits = os.path.join(folder, "server"), os.path.join(folder, "result.json"), logits_file or os.path.join(folder, "logits.npz")
-        write(model, tokenizer, secret, plain_export if plain else export, embedding)
+        try:
+            write(model, tokenizer, secret, plain_export if plain else export, embedding)
+        except ValueError as e:
+            die(e)
         shared = os.path.join(secret, "public.json")
         ids, texts = tokenize(read_json(shared), prompt), held_out(read_json(shared), val) if windows else None
         addresses = free_addresses(2 * len(roles))
