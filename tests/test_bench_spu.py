@@ -270,7 +270,7 @@ def test_another_model_and_other_code_are_refused(what, exported, tmp_path):
     shutil.copytree(ROOT, tmp_path / "repo", ignore=shutil.ignore_patterns(".*", "out", "results", "tests", "*.bin", "__pycache__"))
     public = json.loads((folder / "client" / "public.json").read_text())
     if what == "model":
-        public["config"]["n_head"] = 4
+        public["config"]["bias"] = True
     else:
         nonlinear = tmp_path / "repo" / "private" / "nonlinear.py"
         nonlinear.write_text(nonlinear.read_text().replace("LOGIT_UNIT = 5.0", "LOGIT_UNIT = 4.0"))
