@@ -305,6 +305,27 @@ def load_weights(path):
         raise ValueError(f"{path} is not a whole server.npz ({type(e).__name__}): make it again with python pi_export.py") from e
 
 
+def load_public(path):
+    """The dict of a public.json. ValueError if it isn't one, OSError if it can't be read."""
+    try:
+        with open(path) as f:
+            public = json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"can't read {path}: {e}") from e
+    if not {"config", "shapes", "tokenizer", "embedding"} <= set(public):
+        raise ValueError(f"{path} is not a public.json: make it with python pi_export.py")
+    return public
+
+
+def load_server(folder):
+    """(public, weights) of a server's folder. ValueError if they are not of one model."""
+    public = load_public(os.path.join(folder, "public.json"))
+    weights = load_weights(os.path.join(folder, "server.npz"))
+    if {k: list(v.shape) for k, v in weights.items()} != public["shapes"]:
+        raise ValueError(f"{folder}/server.npz and public.json are not of one model: run python pi_export.py again")
+    return public, weights
+
+
 def load_embedding(folder, public):
     """The client's {"wte": (V, d), "wpe": (T, d)} of a folder's embedding.npz. ValueError if it isn't what public.json names."""
     path = os.path.join(folder, "embedding.npz")
@@ -335,10 +356,16 @@ def write(model, tokenizer, folder, export=export, embedding="private"):
 
 
 def write_whole(path, put):
-    """Have put(f) write a binary file under a temporary name and rename it: path is never half a file."""
-    with open(path + ".tmp", "wb") as f:
-        put(f)
-    os.replace(path + ".tmp", path)
+    """Have put(f) write a binary file under a temporary name and rename it: path is never half a file. OSError names path."""
+    temporary = path + ".tmp"
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:
+            put(f)
+        os.replace(temporary, path)
+    except OSError as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"can't write {path}: {e.strerror or e}") from e
 
 
 def main():
