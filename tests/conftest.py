@@ -1,6 +1,7 @@
 """Shared by all tests: the repository on sys.path, its scripts run, one small corpus of Python."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -67,6 +68,26 @@ def data_dir(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     run("data/prepare.py", f"--data_dir={folder}", f"--train_source={source}", "--name=mine",
         "--vocab_size=512")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Folders for --tls: "client" and "server" signed by one authority, "stranger" by itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make certificates with")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *map(str, args)], cwd=folder, check=True, capture_output=True)
+
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
+    for name in ("client", "server", "stranger"):
+        (folder / name).mkdir()
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}/key.pem", "-out", "request.pem")
+        signer = ["-signkey", "stranger/key.pem"] if name == "stranger" else ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+        openssl("x509", "-req", "-in", "request.pem", *signer, "-out", f"{name}/cert.pem")
+        shutil.copy(folder / "ca.pem", folder / name / "ca.pem")
     return folder
 
 
