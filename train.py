@@ -10,12 +10,11 @@ Config files apply in order, then flags. Writes ckpt.pt and log.jsonl to out_dir
 done, 1 an error named in one line, 2 a bad setting, 3 the loss diverged, 128 + n stopped after
 saving by signal n: Ctrl-C, SIGTERM, SIGHUP, or SIGPIPE where nobody reads the output any more.
 """
-from configurator import configure, die, end_on_signals, on_signals, one_of, setting_names
+from configurator import configure, die, end_on_signals, one_of, setting_names
 from configurator import typed, within
 
 end_on_signals()  # until there is something to save
 
-import json
 import math
 import os
 import platform
