@@ -4,7 +4,8 @@ and largest error of the form and of the obvious one beside it, on the real engi
 one layer of the given shape. Two processes; writes private_ledger.{json,md}.
 
     python experiments/ledger.py                    # GPT-2 small's, some minutes on 2 cores
-    python experiments/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 --into=/tmp --docs=/tmp
+    python experiments/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 \
+                                 --into=/tmp --docs=/tmp
 
 The obvious forms are as cheap as they come: SPU's settings are the same, secrets of one party stay
 its own.
