@@ -1,8 +1,8 @@
 """
 nonlinear.py: each form that MPC affords is near the function it stands for.
 
-In the clear; test_ranges.py holds the same under the engine. Beside a copy of nonlinear.py this file
-runs alone.
+In the clear; test_ranges.py holds the same under the engine. Beside a copy of nonlinear.py this
+file runs alone.
 """
 import numpy as np
 import pytest
