@@ -44,14 +44,12 @@ import torch
 from configurator import configure, die, one_of
 
 try:
-    import jax.numpy as jnp
+    from private.nonlinear import LOGIT_UNIT
 except ImportError:
     die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then "
         "pip install -r requirements.txt")
 from model import GPT, load_checkpoint
-from private.files import (load_embedding, load_public, load_server, load_weights,  # noqa: F401
-                           write_files, write_whole)
-from private.nonlinear import EXACT, LOGIT_UNIT, by_rows, only
+from private.files import write_files
 from private.ranges import check_range
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
@@ -117,8 +115,9 @@ def bases(blocks, c):
     """
     R_l (d, d), L + 1 of them: in a softmax-only model the residual stream before block l is
     written x = u R_l, and with R_l+1 = R_l W', W' = beta I + W_ffn / alpha, the FFN, which takes
-    u R_l to u R_l W', leaves u as it is. R_L/2 = I, so that neither end is far from it. None if some R_l or its
-    inverse stretches by STRETCH or more, which rounding would show: the FFN is then run.
+    u R_l to u R_l W', leaves u as it is. R_L/2 = I, so that neither end is far from it. None if
+    some R_l or its inverse stretches by STRETCH or more, which rounding would show: the FFN is
+    then run.
     """
     products = [np.eye(c.n_embd)]
     for block in blocks:
@@ -238,139 +237,6 @@ def flat(arrays, blocks, dtype):
         arrays |= {f"blocks.{i}.{name}": a for name, a in block.items()}
     kept = (name for name, a in arrays.items() if not name.endswith("_b") or np.any(a))
     return {name: np.asarray(arrays[name], dtype) for name in kept}
-
-
-def of_block(arrays, i):
-    """Block i's own among the arrays, or their shapes: "qkv" for "blocks.i.qkv"."""
-    return {name.split(".")[2]: a for name, a in arrays.items() if name.startswith(f"blocks.{i}.")}
-
-
-# ------------------------------------------------------------------------------------------------ the forward pass
-def one_of_each(a, b):
-    """A comparison, a product by entries and matrix products of a client's and a server's (2, 2): the first of each make the engine's keys, the set-up."""
-    return jnp.maximum(((a + b) * (a + b)) @ (a + b), a) + (a + b) @ b
-
-
-def matmul(x, W, *b):
-    """x W + b."""
-    y = by_rows(jnp.matmul)(x, W)
-    return y + b[0] if b else y
-
-
-def weights_in(arrays):
-    """name -> the inputs that stand for it: the matrix, and its bias if it has one."""
-    return lambda name: [f"W.{name}"] + [f"W.{name}_b"] * (name + "_b" in arrays)
-
-
-def attention_steps(c, block, f, n):
-    """
-    Y = softmax(Q K^T) V, steps to "y" (T, d), from the rows n. One key fewer than there are, as a row's weights sum to 1:
-    A V = A' (V' - v) + v, the last key's v left out of V' and its column of A'. At T = 128 SPU then takes the keys 64 at a time in place of
-    128, which halves its automorphisms: in GPT-2 small 4.2 s for 6.4 a layer, and 15.3 MB for 10.9; at 256 and 512 nothing changes.
-    """
-    W, d = weights_in(block), c.n_embd
-
-    def heads(qkv, i):  # (T, 3 d) -> the i-th of Q, K, V, (H, T, d_k)
-        return qkv.reshape(len(qkv), 3, c.n_head, -1)[:, i].transpose(1, 0, 2)
-
-    def mixed(e, qkv):
-        v = heads(qkv, 2)
-        return e[..., :-1] @ (v[:, :-1] - v[:, -1:])
-
-    def normalised(y, e, qkv):  # after the product: T x d quotients, not H x T x T
-        return unheads(y * f.reciprocal(e.sum(-1, keepdims=True), c.block_size) + heads(qkv, 2)[:, -1:])
-
-    temperature = [("temperature", "qkv", lambda qkv, t: jnp.hstack((unheads(heads(qkv, 0) * t), qkv[:, d:])), ["qkv", "W.inverse_t"])]
-    return [("matmul", "qkv", matmul, [n] + W("qkv")), *temperature * ("inverse_t" in block),
-            ("matmul", "s", lambda qkv: heads(qkv, 0) @ heads(qkv, 1).transpose(0, 2, 1), ["qkv"]),
-            ("softmax", "e", f.exponentials, ["s"]),
-            ("matmul", "y", mixed, ["e", "qkv"]),
-            ("softmax", "y", normalised, ["y", "e", "qkv"])]
-
-
-def last_attention_steps(c, block, f, n):
-    """
-    The same of the last block, of which a next token needs one row: "y" and "row x" (1, d). "last" (1, T) is 1 at that row, "seen" (1, T)
-    up to it; which one it is stays the client's secret. Keys and values are not made: a head's q k_j = (q W_K^T) n_j and
-    sum_j A_j v_j = (sum_j A_j n_j) W_V take a product by a matrix for each head, in place of one for each position.
-    """
-    W, d, H = weights_in(block), c.n_embd, c.n_head
-    own = np.repeat(np.eye(H), d // H, 1) > 0.5  # (H, d), each head's columns
-
-    def normalised(y, e):
-        return (y * f.reciprocal(e.sum(-1), c.block_size)).reshape(1, d)
-
-    temperature = [("temperature", "q", lambda q, t, last: q * jnp.repeat((last @ t).ravel(), d // H), ["q", "W.inverse_t", "last"])]
-    return [*(("matmul", name, jnp.matmul, ["last", name[4:]]) for name in dict.fromkeys(("row " + n, "row x"))),
-            ("matmul", "q", lambda n, *w: matmul(n, *(a[..., :d] for a in w)), ["row " + n] + W("qkv")), *temperature * ("inverse_t" in block),
-            ("matmul", "z", lambda q, w: only(own, q) @ w[:, d:2 * d].T, ["q", "W.qkv"]),
-            ("matmul", "s", lambda z, n: (z @ n.T)[:, None], ["z", n]),
-            ("softmax", "e", f.row_exponentials, ["s", "seen", "last"]),
-            ("matmul", "z", lambda e, n: e[:, 0] @ n, ["e", n]),
-            ("matmul", "y", lambda z, w: only(own, z @ w[:, 2 * d:]).sum(0).reshape(H, -1), ["z", "W.qkv"]),
-            ("softmax", "y", normalised, ["y", "e"])]
-
-
-def block_steps(c, block, f, last=False):
-    """
-    One block as steps (kind, output, function, inputs): outputs and inputs are names of values, a name that starts with "W."
-    being one of the block's arrays. Splitting costs nothing under MPC, and shows what each kind of operation costs.
-    """
-    W, n = weights_in(block), "n" if c.use_layernorm else "x"
-    norm = [("LayerNorm", "n", f.normalise, ["x"])] * c.use_layernorm
-    steps = norm + (last_attention_steps if last else attention_steps)(c, block, f, n)
-    steps += [("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["row x" if last else "x", "y"] + W("o"))]
-    if "ffn" not in block and "in" not in block:
-        return steps
-    steps, after = steps + norm, W("ffn")
-    if "in" in block:
-        act = ("GELU" if c.use_gelu else "ReLU", "h", f.activation[c.activation], ["h"])
-        steps += [("matmul", "h", matmul, [n] + W("in")), act]
-        n, after = "h", W("up")
-    if "beta" in block:
-        return steps + [("matmul", "x", lambda x, n, beta, *w: beta * x + matmul(n, *w), ["x", n, "W.beta"] + after)]
-    return steps + [("matmul", "x", lambda x, n, *w: x + matmul(n, *w), ["x", n] + after)]
-
-
-def unheads(y):
-    """(H, T, d_k) -> (T, d)."""
-    return y.transpose(1, 0, 2).reshape(y.shape[1], -1)
-
-
-def logits(x, W, *b):
-    """x W + b. Of many rows 2048 words at a time: SPU's encoding of 128 x 768 x 50257 at once takes more than 24 GB."""
-    y = jnp.hstack([matmul(x, W[:, i:i + 2048]) for i in range(0, W.shape[1], 2048)]) if len(x) > 1 else x @ W
-    return y + b[0] if b else y
-
-
-def head_steps(c, arrays, f):
-    """The logits of rows x."""
-    n = "n" if c.final_layernorm else "x"
-    basis = [("head", "x", matmul, ["x", "W.basis"])] if "basis" in arrays else []
-    return basis + [("head", "n", f.normalise, ["x"])] * c.final_layernorm + [("head", "logits", logits, [n] + weights_in(arrays)("head"))]
-
-
-def run(steps, arrays, values):
-    """Run steps in the clear: `values` is extended by every step's output."""
-    for _, output, function, inputs in steps:
-        values[output] = function(*(arrays[name[2:]] if name.startswith("W.") else values[name] for name in inputs))
-    return values
-
-
-def forward(arrays, c, one_hot, f=EXACT, steps=(block_steps, head_steps), row=None):
-    """
-    Logits (T, V) of one sequence, or (1, V) of position `row`. one_hot: (T, V), row i the token at position i; c: the GPTConfig;
-    f: EXACT or SECURE, whose square() means what it says only where exp(x) is (1 + x/2)^2; steps: those that `arrays` were exported for;
-    row: with block_steps alone.
-    """
-    T = len(one_hot)
-    values = {"x": one_hot @ arrays["wte"] + arrays["wpe"][:T]}
-    if row is not None:
-        values |= {"last": np.eye(T, dtype=np.float32)[row:row + 1], "seen": np.tri(T, dtype=np.float32)[row:row + 1]}
-    for i in range(c.n_layer):
-        block = {k: v[:, :T] if k == "inverse_t" else v for k, v in of_block(arrays, i).items()}
-        run(steps[0](c, block, f, row is not None and i == c.n_layer - 1), block, values)
-    return run(steps[1](c, arrays, f), arrays, values)["logits"]
 
 
 # ------------------------------------------------------------------------------- from a checkpoint

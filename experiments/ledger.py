@@ -1,11 +1,13 @@
 """
-What each form in nonlinear.py and lookup.py saves, one by one: bytes, messages, seconds and largest error of the form and of the
-obvious one beside it, on the real engine (Cheetah), for one layer of the given shape. Two processes; writes private_ledger.{json,md}.
+What each form in nonlinear.py, block.py and lookup.py saves, one by one: bytes, messages, seconds
+and largest error of the form and of the obvious one beside it, on the real engine (Cheetah), for
+one layer of the given shape. Two processes; writes private_ledger.{json,md}.
 
-    python experiments/ledger.py                                       # GPT-2 small's, 5 minutes on 2 cores
-    python experiments/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 --into=/tmp   # a toy
+    python experiments/ledger.py                    # GPT-2 small's, some minutes on 2 cores
+    python experiments/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 --into=/tmp
 
-The obvious forms are as cheap as they come: SPU's settings are the same, secrets of one party stay its own.
+The obvious forms are as cheap as they come: SPU's settings are the same, secrets of one party stay
+its own.
 """
 import json
 import math
@@ -13,156 +15,247 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from configurator import configure, die  # noqa: E402
+from configurator import configure, die, end_on_signals  # noqa: E402
+
+end_on_signals()
+import numpy as np  # noqa: E402
+
 from private.meet import free_addresses  # noqa: E402
 
-n_head, n_embd, block_size, vocab_size = 12, 768, 128, 50257
-into = str(HERE.parent / "results")
+n_head = 12         # H
+n_embd = 768        # d
+block_size = 128    # T
+vocab_size = 50257  # V
+into = str(HERE.parent / "results")  # the folder for private_ledger.json and .md
 
 configure(globals())
 if not os.path.isdir(into):
     die(f"no folder {into} to write into", 2)
-ends = free_addresses(2)
+addresses = free_addresses(2)
+parent_lives, parent_end = os.pipe()
 server = os.fork()  # before jax has threads
 rank = 0 if server else 1
+if rank == 1:
+    os.close(parent_end)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from private.lookup import buckets, queries  # noqa: E402
-from private.engine import Engine
-from private.infer import CHUNK, GROUP  # noqa: E402
+
 from model import GPTConfig  # noqa: E402
-from private.nonlinear import (EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only, secure_argmax, secure_exp,  # noqa: E402
-                       secure_exponentials, secure_gelu, secure_normalise, secure_reciprocal, secure_row_exponentials, square)
-from pi_export import last_attention_steps, one_of_each, run  # noqa: E402
+from private.block import now, row_attention, row_masks, split_heads  # noqa: E402
+from private.engine import CLIENT, SERVER, Engine  # noqa: E402
+from private.infer import GROUP, ROWS, one_of_each  # noqa: E402
+from private.lookup import buckets, queries  # noqa: E402
+from private.nonlinear import (  # noqa: E402
+    EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only,
+    secure_argmax, secure_exp, secure_exponentials, secure_gelu, secure_normalise,
+    secure_reciprocal, secure_row_exponentials, square)
 
-H, d, T, V, rng = n_head, n_embd, block_size, vocab_size, np.random.default_rng(0)
-dk, party, specs, rows = d // H, Engine(rank, ends, "cheetah", 600, 60), {}, []
-
-
-def share(dtype=np.float32, **values):
-    """Secrets that neither party knows: sums of one number of each."""
-    for name, x in values.items():
-        mask = rng.normal(size=x.shape) if dtype == np.float32 else rng.integers(-99, 99, x.shape)
-        for owner, part in enumerate((mask, x - mask)):
-            party.put(f"{name}{owner}", x.shape, owner, part, dtype)
-        pair = {f"{name}{owner}": (x.shape, dtype) for owner in (0, 1)}
-        specs[name], _ = party.run(("share", name, x.shape), lambda a, b: a + b, pair, name)
-
-
-def own(owner, dtype=np.float32, **values):
-    for name, x in values.items():
-        party.put(name, x.shape, owner, x, dtype)
-        specs[name] = (x.shape, dtype)
+H, d, T, V = n_head, n_embd, block_size, vocab_size
+d_k = d // H
+CLIP = 2.0  # logits this far below their row's largest, in LOGIT_UNITs, weigh 0: nonlinear.py
+PAST = np.tri(T, dtype=bool)  # (T, T), the causal entries
+engine = Engine(rank, addresses, "cheetah", timeout=600, connect_timeout=60)
+rng = np.random.default_rng(0)  # both parties draw alike, and each puts in what is its own
+rows = []
 
 
-def measure(what, form, function, inputs, exact=None, times=1):
-    """A row: one form of one operation. exact: what should come out; times: how many of it the whole takes."""
-    specs["out"], cost = party.run((what, form), function, {name: specs[name] for name in inputs}, "out")
-    got = party.reveal("out")
-    if rank == 0:
-        error = float(np.abs(got - exact).max()) if exact is not None else None
-        rows.append({"what": what, "form": form, "MB": times * cost[0] / 1e6, "messages": times * cost[1], "seconds": times * cost[2], "largest error": error})
-        print(json.dumps(rows[-1]), file=party.terminal, flush=True)
+def own(owner, value, dtype=np.float32):
+    """A secret of one party's."""
+    return engine.put(value.shape, owner, value, dtype)
 
 
-def whole_max(s):
-    return jnp.where(past, s, -99.0).max(-1)
+def shared(value, dtype=np.float32):
+    """A secret that neither party knows: the sum of one number of each."""
+    if dtype == np.float32:
+        mask = rng.normal(size=value.shape)
+    else:
+        mask = rng.integers(-99, 99, value.shape)
+    return engine.op("share", jnp.add, own(CLIENT, mask, dtype), own(SERVER, value - mask, dtype))
 
 
-own(0, mine=np.ones((2, 2)))
-own(1, theirs=np.ones((2, 2)))
-measure("set-up", "once", one_of_each, ["mine", "theirs"])
-
-i, j = np.tril_indices(T)
-s = rng.normal(size=(H, T, T)) * 3 / LOGIT_UNIT
-e = np.asarray(exponentials(s))
-past = np.tri(T, dtype=bool)
-m = np.where(past, s, -np.inf).max(-1, keepdims=True)
-u = (s - m)[:, i, j].clip(-2) + 1
-share(s=s, e=e, u=u)
-packed = np.exp(LOGIT_UNIT * (u - 1))
-measure("a square of every causal logit", "x * x", lambda u: u * u, ["u"], u * u)
-measure("a square of every causal logit", "engine_square, in blocks begun", engine_square, ["u"], u * u)
-measure("a square of every causal logit", "square: whole blocks, the rest multiplied", square, ["u"], u * u)
-measure("exponential", "secure_exp, three squares", secure_exp, ["u"], packed)
-measure("row maxima", "of T x T", whole_max, ["s"], m[..., 0])
-measure("row maxima", "causal_row_max", lambda s: causal_row_max(s)[..., 0], ["s"], m[..., 0])
-measure("softmax without its division", "T x T, masked after", lambda s: only(past, secure_exp(jnp.maximum(s - whole_max(s)[..., None], -2.0) + 1)), ["s"], e)
-measure("softmax without its division", "secure_exponentials", secure_exponentials, ["s"], e)
-measure("softmax without its division", "a range known beforehand: no maxima, but a clip on both sides", lambda s: secure_exp(jnp.clip(s[:, i, j], -1, 1)), ["s"],
-        np.exp(LOGIT_UNIT * (s[:, i, j].clip(-1, 1) - 1)))
-share(S=e.sum(-1, keepdims=True), y=(y := rng.normal(size=(H, T, dk))))
-measure("1 / sum", "SPU's", lambda S: 1 / S, ["S"], 1 / e.sum(-1, keepdims=True))
-measure("1 / sum", "secure_reciprocal", lambda S: secure_reciprocal(S, T), ["S"], 1 / e.sum(-1, keepdims=True))
-measure("A V", "all keys", lambda e, y: e @ y, ["e", "y"], e @ y)
-measure("A V", "one key short: A' (V' - v)", lambda e, y: e[..., :-1] @ (y[:, :-1] - y[:, -1:]), ["e", "y"], e[..., :-1] @ (y[:, :-1] - y[:, -1:]))
-measure("dividing by the sum", "the weights, T x T", lambda e, S: e * S, ["e", "S"], e * e.sum(-1, keepdims=True))
-measure("dividing by the sum", "what they weigh, T x d_k", lambda y, S: y * S, ["y", "S"], y * e.sum(-1, keepdims=True))
-x, W, ffn, yy = rng.normal(size=(T, d)) * 2, rng.normal(size=(2 * d, d)) / math.sqrt(d), rng.normal(size=(d, d)) / math.sqrt(d), rng.normal(size=(T, d))
-share(x=x, Y=yy)
-own(1, W=W, W_o=W[d:], ffn=ffn)
-measure("projection and linear FFN", "one after the other", lambda x, Y, o, f: (x + Y @ o) @ f, ["x", "Y", "W_o", "ffn"], (x + yy @ W[d:]) @ ffn)
-measure("projection and linear FFN", "one matrix, [x, y] [[W'], [W_O W']]", lambda x, Y, W: jnp.hstack((x, Y)) @ W, ["x", "Y", "W"], np.hstack((x, yy)) @ W)
-measure("projection and linear FFN", "FFN in the basis: x + y W_O'", lambda x, Y, W: x + Y @ W, ["x", "Y", "W_o"], x + yy @ W[d:])
-measure("LayerNorm", "normalise, entry by entry", lambda x: normalise(x), ["x"], np.asarray(normalise(x)))
-measure("LayerNorm", "secure_normalise, two products", secure_normalise, ["x"], np.asarray(normalise(x)))
-h = rng.normal(size=(T, 4 * d)) * 2
-share(h=h)
-measure("activation", "ReLU", jax.nn.relu, ["h"], np.maximum(h, 0))
-measure("activation", "GELU by its tanh", lambda h: jax.nn.gelu(h), ["h"], np.asarray(jax.nn.gelu(h)))
-measure("activation", "secure_gelu", secure_gelu, ["h"], np.asarray(jax.nn.gelu(h, approximate=False)))
-share(row=s[:, -1:])
-own(0, seen=np.ones((1, T)))
-measure("the last block's softmax", "one row", lambda s, seen: secure_row_exponentials(s, seen), ["row", "seen"], e[:, -1:])
-own(0, last=np.eye(T)[-1:])
-own(1, QKV=(QKV := rng.normal(size=(d, 3 * d)) * np.repeat((0.01, 0.01, 0.03), d)))
-c, named = GPTConfig(block_size=T, n_head=H, n_embd=d, use_layernorm=False), {"x": x, "last": np.eye(T)[-1:], "seen": np.ones((1, T))}
+def measure(what, form, exact, function, *secrets, times=1, **static):
+    """
+    A row: one form of one operation. exact: what should come out, or None; times: how many of it
+    the whole takes.
+    """
+    got = engine.reveal(engine.op(what, function, *secrets, **static))
+    if rank == CLIENT:
+        traffic, messages, seconds, _ = times * engine.costs[-1][2]
+        error = None if exact is None else float(np.abs(got - np.asarray(exact)).max())
+        rows.append({"what": what, "form": form, "MB": traffic / 1e6, "messages": messages,
+                     "seconds": seconds, "largest error": error})
+        print(json.dumps(rows[-1]), file=engine.terminal, flush=True)
 
 
-def by_keys(x, last, seen, W):
-    q, k, v = (a.reshape(len(a), H, dk).transpose(1, 0, 2) for a in (last @ x @ W[:, :d], *jnp.split(x @ W[:, d:], 2, 1)))
-    weights = secure_row_exponentials(q @ k.transpose(0, 2, 1), seen)
-    return (weights @ v * secure_reciprocal(weights.sum(-1, keepdims=True), T))[:, 0]
+def softmax():
+    s = rng.normal(size=(H, T, T)) * 3 / LOGIT_UNIT
+    e = np.asarray(exponentials(s))
+    largest = np.where(PAST, s, -np.inf).max(-1, keepdims=True)
+    i, j = np.tril_indices(T)
+    u = (s - largest)[:, i, j].clip(-CLIP) + 1                                 # (H, T (T + 1) / 2)
+    secret_s, secret_u = shared(s), shared(u)
+
+    what = "a square of every causal logit"
+    measure(what, "x * x", u * u, lambda u: u * u, secret_u)
+    measure(what, "engine_square, in blocks begun", u * u, engine_square, secret_u)
+    measure(what, "square: whole blocks, the rest multiplied", u * u, square, secret_u)
+    exp = np.exp(LOGIT_UNIT * (u - 1))
+    measure("exponential", "secure_exp, three squares", exp, secure_exp, secret_u)
+
+    def whole_max(s):
+        return jnp.where(PAST, s, -99.0).max(-1, keepdims=True)
+
+    measure("row maxima", "of T x T", largest, whole_max, secret_s)
+    measure("row maxima", "causal_row_max", largest, causal_row_max, secret_s)
+
+    def masked_after(s):
+        return only(PAST, secure_exp(jnp.maximum(s - whole_max(s), -CLIP) + 1))
+
+    def of_known_range(s):
+        return secure_exp(jnp.clip(s[:, i, j], -1, 1))
+
+    what = "softmax without its division"
+    measure(what, "T x T, masked after", e, masked_after, secret_s)
+    measure(what, "secure_exponentials", e, secure_exponentials, secret_s)
+    clipped = np.exp(LOGIT_UNIT * (s[:, i, j].clip(-1, 1) - 1))
+    measure(what, "a range known beforehand: no maxima, but a clip on both sides", clipped,
+            of_known_range, secret_s)
+
+    total = e.sum(-1, keepdims=True)                                           # (H, T, 1)
+    v = rng.normal(size=(H, T, d_k))
+    secret_e, secret_total, secret_v = shared(e), shared(total), shared(v)
+    measure("1 / sum", "SPU's", 1 / total, lambda s: 1 / s, secret_total)
+    measure("1 / sum", "secure_reciprocal", 1 / total, secure_reciprocal, secret_total, most=T)
+
+    def one_key_short(e, v):
+        return e[..., :-1] @ (v[:, :-1] - v[:, -1:])
+
+    measure("A V", "all keys", e @ v, jnp.matmul, secret_e, secret_v)
+    measure("A V", "one key short: A' (V' - v)", one_key_short(e, v),
+            one_key_short, secret_e, secret_v)
+    what = "dividing by the sum"
+    measure(what, "the weights, T x T", e * total, jnp.multiply, secret_e, secret_total)
+    measure(what, "what they weigh, T x d_k", v * total, jnp.multiply, secret_v, secret_total)
 
 
-def by_matrices(x, last, seen, W, f=SECURE):
-    return run(last_attention_steps(c, {"qkv": W}, f, "x"), {"qkv": W}, {"x": x, "last": last, "seen": seen})["y"].reshape(H, dk)
+def ffn_and_layernorm():
+    x = rng.normal(size=(T, d)) * 2
+    y = rng.normal(size=(T, d))
+    W = rng.normal(size=(2 * d, d)) / math.sqrt(d)
+    W_ffn = rng.normal(size=(d, d)) / math.sqrt(d)
+    W_o = W[d:]
+    X, Y = shared(x), shared(y)
+    secret_o, secret_ffn = own(SERVER, W_o), own(SERVER, W_ffn)
+
+    def one_after_the_other(x, y, W_o, W_ffn):
+        return (x + y @ W_o) @ W_ffn
+
+    def side_by_side(x, y, W):
+        return jnp.hstack((x, y)) @ W
+
+    def in_the_basis(x, y, W_o):
+        return x + y @ W_o
+
+    what = "projection and linear FFN"
+    measure(what, "one after the other", one_after_the_other(x, y, W_o, W_ffn),
+            one_after_the_other, X, Y, secret_o, secret_ffn)
+    measure(what, "one matrix, [x, y] [[W'], [W_O W']]", np.hstack((x, y)) @ W,
+            side_by_side, X, Y, own(SERVER, W))
+    measure(what, "FFN in the basis: x + y W_O'", x + y @ W_o, in_the_basis, X, Y, secret_o)
+
+    measure("LayerNorm", "normalise, entry by entry", normalise(x), normalise, X)
+    measure("LayerNorm", "secure_normalise, two products", normalise(x), secure_normalise, X)
+
+    h = rng.normal(size=(T, 4 * d)) * 2
+    gelu = jax.nn.gelu(h, approximate=False)
+    secret_h = shared(h)
+    measure("activation", "ReLU", np.maximum(h, 0), jax.nn.relu, secret_h)
+    measure("activation", "GELU by its tanh", jax.nn.gelu(h), jax.nn.gelu, secret_h)
+    measure("activation", "secure_gelu", gelu, secure_gelu, secret_h)
 
 
-for form, f in (("keys and values of all rows", by_keys), ("last_attention_steps", by_matrices)):
-    measure("the last block's attention, of one row", form, f, [*named, "QKV"], np.asarray(by_matrices(*named.values(), QKV, EXACT)))
-t = np.exp(rng.normal(size=(H, T, 1)) / 3)
-own(1, t=t)
-measure("temperature", "per head and position", lambda y, t: y * t, ["y", "t"], y * t)
+def last_row():
+    s = rng.normal(size=(H, 1, T)) * 3 / LOGIT_UNIT
+    last, seen = row_masks(T - 1, T)
+    LAST, SEEN = own(CLIENT, last), own(CLIENT, seen)
+    measure("the last block's softmax", "one row", exponentials(s, seen),
+            secure_row_exponentials, shared(s), SEEN, LAST)
 
-ids, wte = rng.integers(0, V, T), np.vstack((rng.integers(-9999, 9999, (V, d)), np.zeros((1, d), int)))
-n = min(V, CHUNK)
-own(0, np.int32, hot=(ids[:, None] == np.arange(n)))
-own(1, np.int32, wte=wte[:n])
-measure("embedding", "one-hot, a piece multiplied", lambda h, w: h @ w, ["hot", "wte"], (ids[:, None] == np.arange(n)) @ wte[:n], V / n)
-dealt = buckets(V, T, b"ledger")
-hot, chosen = queries(ids, dealt)
-own(0, np.int32, hot=hot[:GROUP], chosen=chosen)
-own(1, np.int32, table=wte[dealt[:GROUP]])
-measure("embedding", "by buckets: the questions, a group multiplied", lambda h, w: h @ w, ["hot", "table"], hot[:GROUP] @ wte[dealt[:GROUP]], len(dealt) / len(hot[:GROUP]))
-share(np.int32, found=(hot @ wte[dealt]).reshape(-1, d))
-measure("embedding", "by buckets: the order", lambda c, f: c @ f, ["chosen", "found"], wte[ids])
-logits = rng.normal(size=(1, V))
-share(logits=logits)
-measure("the most likely token alone (--reveal=token)", "secure_argmax", secure_argmax, ["logits"], logits.argmax(-1))
-if rank == 0:
-    title = f"{H} heads, width {d}, T = {T}, vocabulary {V}; {os.cpu_count()} cores for both parties"
-    table = [f"One layer's operations, each in two or three forms: {title}. Made by `python experiments/ledger.py`.", "",
-             "| operation | form | MB | messages | s | largest error |", "|---|---|---|---|---|---|"]
+    c = GPTConfig(block_size=T, n_head=H, n_embd=d, use_layernorm=False)
+    x = rng.normal(size=(T, d)) * 2
+    W = rng.normal(size=(d, 3 * d)) * np.repeat((0.01, 0.01, 0.03), d)         # Q, K, V
+
+    def by_keys(x, last, seen, W):
+        _, k, v = split_heads(x @ W, H)
+        q, _, _ = split_heads(last @ x @ W, H)
+        e = secure_row_exponentials(q @ k.transpose(0, 2, 1), seen, last)
+        return (e @ v * secure_reciprocal(e.sum(-1, keepdims=True), T)).reshape(1, d)
+
+    def by_matrices(x, last, seen, W, f=SECURE):
+        return row_attention(now, x, last @ x, last, seen, {"qkv": (W,)}, c, f)
+
+    what = "the last block's attention, of one row"
+    exact = by_matrices(x, last, seen, W, EXACT)
+    secrets = shared(x), LAST, SEEN, own(SERVER, W)
+    measure(what, "keys and values of all rows", exact, by_keys, *secrets)
+    measure(what, "row_attention", exact, by_matrices, *secrets)
+
+    y = rng.normal(size=(H, T, d_k))
+    t = np.exp(rng.normal(size=(H, T, 1)) / 3)
+    measure("temperature", "per head and position", y * t,
+            jnp.multiply, shared(y), own(SERVER, t))
+
+
+def embedding_and_argmax():
+    ids = rng.integers(0, V, T)
+    wte = np.vstack((rng.integers(-9999, 9999, (V, d)), np.zeros((1, d), int)))
+    n = min(V, ROWS)
+    hot = ids[:, None] == np.arange(n)                                         # (T, n)
+    measure("embedding", "one-hot, a piece multiplied", hot @ wte[:n], jnp.matmul,
+            own(CLIENT, hot, np.int32), own(SERVER, wte[:n], np.int32), times=V / n)
+
+    dealt = buckets(V, T, b"ledger")
+    hot, chosen = queries(ids, dealt)
+    group, table = hot[:GROUP], wte[dealt[:GROUP]]
+    measure("embedding", "by buckets: the questions, a group multiplied", group @ table, jnp.matmul,
+            own(CLIENT, group, np.int32), own(SERVER, table, np.int32),
+            times=len(dealt) / len(group))
+    found = (hot @ wte[dealt]).reshape(-1, d)
+    measure("embedding", "by buckets: the order", wte[ids], jnp.matmul,
+            own(CLIENT, chosen, np.int32), shared(found, np.int32))
+
+    logits = rng.normal(size=(1, V))
+    measure("the most likely token alone (--reveal=token)", "secure_argmax", logits.argmax(-1),
+            secure_argmax, shared(logits))
+
+
+def write_rows():
+    title = (f"{H} heads, width {d}, T = {T}, vocabulary {V}; "
+             f"{os.cpu_count()} cores for both parties")
+    table = [f"One layer's operations, each in two or three forms: {title}. "
+             "Made by `python experiments/ledger.py`.", "",
+             "| operation | form | MB | messages | s | largest error |",
+             "|---|---|---|---|---|---|"]
     for r in rows:
         error = "" if r["largest error"] is None else f"{r['largest error']:.0e}"
-        table.append(f"| {r['what']} | {r['form']} | {r['MB']:.1f} | {r['messages']:.0f} | {r['seconds']:.1f} | {error} |")
+        table.append(f"| {r['what']} | {r['form']} | {r['MB']:.1f} | {r['messages']:.0f} | "
+                     f"{r['seconds']:.1f} | {error} |")
     (Path(into) / "private_ledger.md").write_text("\n".join(table) + "\n")
-    (Path(into) / "private_ledger.json").write_text(json.dumps({"shape": title, "rows": rows}, indent=1) + "\n")
-party.link.all_gather("done")
-os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) if server else 0)
+    result = {"shape": title, "rows": rows}
+    (Path(into) / "private_ledger.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+ones = np.ones((2, 2))
+measure("set-up", "once", None, one_of_each, own(CLIENT, ones), own(SERVER, ones))
+softmax()
+ffn_and_layernorm()
+last_row()
+embedding_and_argmax()
+if rank == CLIENT:
+    write_rows()
+else:
+    os.read(parent_lives, 1)  # what we sent last may be on its way: stay until the client has ended
+os._exit(0)

@@ -1,120 +1,238 @@
 """
-SecretFlow SPU's runtime of one rank, and its TCP link to the others: put, run, reveal.
+SecretFlow SPU's runtime of one rank, and its TCP link to the others: put, op, reveal.
 
-- rank 0 is the client (holds the prompt, alone learns the result), 1 the server (holds the weights), 2 the helper of aby3
-- a party gives a value only for what it owns; for the others' secrets it knows the shape and nothing else
-- bytes, messages and seconds of each step come from SPU's own profile, in bytes of both directions as this rank counts them
+- rank 0 is the client, which holds the prompt and alone learns the result; 1 is the server, which
+  holds the weights; 2 is the helper of aby3
+- a party gives a value only for what it owns; of the others' secrets it knows the shape alone
+- the bytes, messages and seconds of each op come from SPU's own profile, in bytes of both
+  directions as this rank counts them
 """
+import itertools
 import os
 import re
 import tempfile
 import threading
 import time
+from functools import partial
 
+import jax
 import numpy as np
+import spu
+import spu.utils.frontend as frontend
+from spu import libspu
 
 from private.meet import ROLES, quit_now, tls_files
+
+CLIENT, SERVER, HELPER = range(3)  # ranks, in the order of ROLES
+FRACTION_BITS = 18  # of a number's 64
+
+
+class Secret:
+    """
+    A value that no party knows: its name in the engine, its shape and its dtype. The engine forgets
+    the value together with this handle.
+    """
+
+    def __init__(self, runtime, name, shape, dtype):
+        self.runtime = runtime
+        self.name = name
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+
+    def __del__(self):
+        self.runtime.del_var(self.name)
 
 
 class Engine:
     """
-    SPU's runtime of one rank. addresses: HOST:PORT by rank, this rank's own being where it listens. protocol: cheetah,
-    semi2k or aby3. timeout: seconds without a word in the middle of a step, connect_timeout: until the link stands, or the
-    process ends with a line. tls: a folder, see tls_files(), or "". session: greet()'s, the name of the link.
-    plain: SPU's default settings and secret-shared weights, what plain.py is measured under.
+    SPU's runtime of one rank. addresses: HOST:PORT by rank, this rank's own being where it
+    listens. protocol: cheetah, semi2k or aby3. timeout: seconds without a word in the middle of an
+    op; connect_timeout: seconds until the link stands, or the process ends with a line. tls: a
+    folder, see tls_files(), or "". session: greet()'s, the name of the link. plain: SPU's default
+    settings and secret-shared weights, under which plain.py is measured.
+
+    .costs: what op() has cost so far, a list of (kind, times, array); the array holds bytes of both
+    directions, messages of the busier direction (at most this many round trips), seconds, and how
+    many of the bytes were truncations'. .terminal: stdout, a file; SPU's profile takes its place.
     """
 
-    def __init__(self, rank, addresses, protocol, timeout, connect_timeout, tls="", plain=False, session="root"):
-        import spu
-        from spu import libspu
-        self.spu, self.rank, self.size, self.plain, self.session = spu, rank, len(addresses), plain, session
-        # SPU's profile is written by C++ to stdout: send that to a file, and keep the terminal for ourselves
-        self.profile = tempfile.TemporaryFile("a+")  # appending: C++ writes at the end wherever we read
-        self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(self.profile.fileno(), 1)
-        desc = libspu.link.Desc()
-        desc.id = session  # SPU files what arrives under this name: what another run sent to a port of ours must not pass for our peer's
-        for name, address in zip(ROLES, addresses):
-            desc.add_party(name, address)
-        desc.recv_timeout_ms = desc.http_timeout_ms = timeout * 1000
-        if tls:
-            ca, cert, key = tls_files(tls)
-            desc.enable_ssl = True
-            for options in (desc.client_ssl_opts, desc.server_ssl_opts):
-                options.cert.certificate_path, options.cert.private_key_path = cert, key
-                options.verify.ca_file_path, options.verify.verify_depth = ca, 1
-        others = " and ".join(a for i, a in enumerate(addresses) if i != rank)
-        late = threading.Timer(connect_timeout, lambda: quit_now(f"no link with {others} within {connect_timeout:g} seconds: can each side reach the other's "
-                                                                 "--listen, and is that what its --peer names?"))
-        late.daemon = True
-        late.start()  # SPU itself would wait as long as for a step
-        try:
-            self.link = libspu.link.create_brpc(desc, rank)
-        finally:
-            late.cancel()
-        config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol.upper()), field=libspu.FieldType.FM64, fxp_fraction_bits=18)
-        config.enable_pphlo_profile = config.enable_hal_profile = True
-        if not plain:
-            config.experimental_enable_colocated_optimization = True  # private x secret is a third of secret x secret
-            config.fxp_exp_iters = 1  # nonlinear.square
-            # cheetah_2pc_config.enable_mul_lsb_error stays off: a quarter fewer bytes a product, and now and then 8192 of them wrong
-            # beyond use, without a word (experiments/spu_lsb_error.py)
-            # Not bound in Python: cheetah_2pc_config.ot_kind = EMP_Ferret, the same bytes in an eighth of the messages
-            config.ParseFromString(config.SerializeToString() + bytes([0xC2, 0x04, 0x02, 0x18, 2]))
-        self.config = config
-        self.runtime, self.io, self.compiled = spu.Runtime(self.link, config), spu.Io(self.size, config), {}
+    def __init__(self, rank, addresses, protocol, timeout, connect_timeout,
+                 tls="", plain=False, session="root"):
+        self.rank = rank
+        self.size = len(addresses)
+        self.plain = plain
+        self.session = session
+        self.terminal, self.profile = divert_stdout()
+        description = link_description(addresses, timeout, tls, session)
+        others = [address for i, address in enumerate(addresses) if i != rank]
+        self.link = connect(description, rank, others, connect_timeout)
+        self.config = runtime_config(protocol, plain)
+        self.runtime = spu.Runtime(self.link, self.config)
+        self.io = spu.Io(self.size, self.config)
+        self.compiled = {}
+        self.costs = []
+        self.names = (f"value {i}" for i in itertools.count())
 
-    def put(self, name, shape, owner, value=None, dtype=np.float32):
-        """A secret input of `owner`'s: it alone gives a value, the others only the shape."""
+    def put(self, shape, owner, value=None, dtype=np.float32):
+        """A secret of `owner`'s, which alone gives the value; the others' is not looked at."""
         value = np.array(value, dtype) if self.rank == owner else np.zeros(shape, dtype)
-        assert value.shape == tuple(shape), (name, value.shape, shape)
-        shares = self.io.make_shares(value, self.spu.Visibility.VIS_SECRET, owner)
+        if value.shape != tuple(shape):
+            raise ValueError(f"a value of shape {value.shape} was put where {tuple(shape)} is due")
+        shares = self.io.make_shares(value, spu.Visibility.VIS_SECRET, owner)
         share = shares[self.rank]
-        if self.plain:  # random shares, the owner deals them; colocated, the owner's share is the value and nothing travels
+        if self.plain:  # the owner deals random shares; else its share is the value, sent nowhere
             if self.rank == owner:
-                for rank in range(self.size):
-                    if rank != owner:
-                        self.send(rank, shares[rank])
+                for rank in set(range(self.size)) - {owner}:
+                    self.send(rank, shares[rank])
             else:
                 share = self.receive(owner)
-        self.runtime.set_var(name, share)
+        secret = Secret(self.runtime, next(self.names), shape, dtype)
+        self.runtime.set_var(secret.name, share)
+        return secret
 
-    def send(self, rank, share):
-        for part in (share.meta, len(share.share_chunks).to_bytes(4, "big"), *share.share_chunks):
-            self.link.send(rank, part)
+    def op(self, kind, function, *secrets, times=1, **static):
+        """
+        The secret function(*secrets, **static), computed under encryption. It is compiled once for
+        each function, static keywords and shapes. What it cost is appended to .costs under `kind`,
+        and counts `times` times: for itself and for equal ones that are not run.
+        """
+        key = function, tuple(sorted(static.items())), tuple((s.shape, s.dtype) for s in secrets)
+        if key not in self.compiled:
+            self.compiled[key] = compile_for(secrets, partial(function, **static))
+        executable, out = self.compiled[key]
+        name = next(self.names)
+        executable.input_names = [secret.name for secret in secrets]
+        executable.output_names = [name]
+        self.costs.append((kind, times, self.run(executable)))
+        return Secret(self.runtime, name, out.shape, out.dtype)
 
-    def receive(self, rank):
-        share = self.spu.libspu.Share()
-        share.meta = self.link.recv(rank)
-        share.share_chunks = [self.link.recv(rank) for _ in range(int.from_bytes(self.link.recv(rank), "big"))]
-        return share
-
-    def reveal(self, name):
-        """The value, to the client alone: the others send their shares and learn nothing."""
-        share = self.runtime.get_var(name)
-        if self.rank:
-            return self.send(0, share)
+    def reveal(self, secret):
+        """The value, to the client alone; None to the others, who send their shares."""
+        share = self.runtime.get_var(secret.name)
+        if self.rank != CLIENT:
+            return self.send(CLIENT, share)
         return self.io.reconstruct([share] + [self.receive(rank) for rank in range(1, self.size)])
 
-    def run(self, key, function, inputs, output):
-        """
-        Compile (once per key) and run function over the named values. inputs: {name: (shape, dtype)}. Returns the output's
-        shape and dtype, and the cost, an array: bytes of both directions, messages of the busier direction (at most this many
-        round trips), seconds, and which of the bytes were truncations'.
-        """
-        import jax
-        import spu.utils.frontend as frontend
-        if key not in self.compiled:
-            example = [jax.ShapeDtypeStruct(*spec) for spec in inputs.values()]
-            self.compiled[key] = frontend.compile(frontend.Kind.JAX, function, example, {}, list(inputs), [self.spu.Visibility.VIS_SECRET] * len(example),
-                                                  lambda flat: [output], copts=self.spu.libspu.CompilerOptions())
-        start, at = time.time(), os.fstat(self.profile.fileno()).st_size
-        self.runtime.run(self.compiled[key][0])
+    def run(self, executable):
+        """Run what was compiled. Returns its cost, see .costs."""
+        begin = os.fstat(self.profile.fileno()).st_size
+        start = time.time()
+        self.runtime.run(executable)
         seconds = time.time() - start
-        self.profile.seek(at)
-        log = self.profile.read()
-        link = r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"
-        sent, received, sends, receives = map(int, re.findall(link, log)[-1])
-        truncation = sum(int(a) + int(b) for a, b in re.findall(r"- trunc\w*, executed .*?send bytes (\d+) recv bytes (\d+)", log))
-        out = self.compiled[key][1]
-        return (out.shape, out.dtype), np.array([sent + received, max(sends, receives), seconds, truncation])
+        self.profile.seek(begin)
+        traffic, truncation = read_profile(self.profile.read())
+        sent, received, sends, receives = traffic
+        return np.array([sent + received, max(sends, receives), seconds, truncation])
+
+    def send(self, rank, share):
+        self.link.send(rank, share.meta)
+        self.link.send(rank, str(len(share.share_chunks)))
+        for chunk in share.share_chunks:
+            self.link.send(rank, chunk)
+
+    def receive(self, rank):
+        share = libspu.Share()
+        share.meta = self.link.recv(rank)
+        chunks = int(self.link.recv(rank))
+        share.share_chunks = [self.link.recv(rank) for _ in range(chunks)]
+        return share
+
+
+def compile_for(secrets, function):
+    """
+    (executable, the output's shape and dtype) of a function of one output, for inputs like
+    `secrets`. Engine.op names the inputs and the output before each run.
+    """
+    example = [jax.ShapeDtypeStruct(secret.shape, secret.dtype) for secret in secrets]
+    unnamed = [f"input {i}" for i in range(len(secrets))]
+    visibility = [spu.Visibility.VIS_SECRET] * len(secrets)
+    return frontend.compile(frontend.Kind.JAX, function, example, {}, unnamed, visibility,
+                            lambda outputs: ["output"], copts=libspu.CompilerOptions())
+
+
+def read_profile(log):
+    """
+    What SPU logs of one run: ((bytes sent, bytes received, messages sent, messages received), and
+    how many of the bytes were truncations').
+    """
+    counts = r"send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)"
+    traffic = map(int, re.findall("Link details: total " + counts, log)[-1])
+    truncations = re.findall(r"- trunc\w*, executed .*?send bytes (\d+) recv bytes (\d+)", log)
+    return tuple(traffic), sum(int(sent) + int(received) for sent, received in truncations)
+
+
+# --------------------------------------------------------------------------------- how it is set up
+def divert_stdout():
+    """
+    (terminal, profile), two files. SPU's C++ writes its profile to stdout: from here on that goes
+    to `profile`, and what we print for the user goes to `terminal`.
+    """
+    profile = tempfile.TemporaryFile("a+")  # appending: C++ writes at the end, wherever we read
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(profile.fileno(), 1)
+    return terminal, profile
+
+
+def link_description(addresses, timeout, tls, session):
+    """What SPU's link is to be."""
+    description = libspu.link.Desc()
+    description.id = session  # SPU files messages by it: another run's must not pass for ours
+    for name, address in zip(ROLES, addresses):
+        description.add_party(name, address)
+    description.recv_timeout_ms = timeout * 1000
+    description.http_timeout_ms = timeout * 1000
+    if tls:
+        ca, cert, key = tls_files(tls)
+        description.enable_ssl = True
+        for options in (description.client_ssl_opts, description.server_ssl_opts):
+            options.cert.certificate_path = cert
+            options.cert.private_key_path = key
+            options.verify.ca_file_path = ca
+            options.verify.verify_depth = 1
+    return description
+
+
+def connect(description, rank, others, connect_timeout):
+    """The link, once it stands. SPU itself would wait for it as long as for an op."""
+    late = threading.Timer(connect_timeout, quit_now, [
+        f"no link with {' and '.join(others)} within {connect_timeout:g} seconds: can each side "
+        "reach the other's --listen, and is that what its --peer names?"])
+    late.daemon = True
+    late.start()
+    try:
+        return libspu.link.create_brpc(description, rank)
+    finally:
+        late.cancel()
+
+
+def runtime_config(protocol, plain):
+    """SPU's settings. plain: its defaults."""
+    config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol.upper()),
+                                  field=libspu.FieldType.FM64, fxp_fraction_bits=FRACTION_BITS)
+    config.enable_pphlo_profile = True
+    config.enable_hal_profile = True
+    if not plain:
+        config.experimental_enable_colocated_optimization = True  # private x secret is cheaper
+        config.fxp_exp_iters = 1  # exp() becomes the cheap square, see nonlinear.square
+        # cheetah_2pc_config.enable_mul_lsb_error stays off: it saves a quarter of a product's
+        # bytes, but now and then a whole ciphertext is wrong (experiments/spu_lsb_error.py).
+        config.ParseFromString(config.SerializeToString() + EMP_OT)
+    return config
+
+
+def protobuf(number, value):
+    """A protobuf field: an int as a varint, wire type 0, or bytes behind their length, type 2."""
+    if isinstance(value, int):
+        return varint(number << 3 | 0) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def varint(n):
+    """n in groups of 7 bits, the lowest first; the top bit of a byte says that more follow."""
+    low, rest = n & 0x7F, n >> 7
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+
+# RuntimeConfig.cheetah_2pc_config (field 72) .ot_kind (3) = EMP_Ferret (2): the same bytes in an
+# eighth of the messages. SPU's Python can't set it, so that it is appended in protobuf.
+EMP_OT = protobuf(72, protobuf(3, 2))

@@ -1,111 +1,200 @@
 """
-One private forward pass of both parties: the client's prompt embedded, every block, the head, the result revealed to the client.
+One private forward pass of both parties: the client's prompt embedded, every block, the head, the
+result revealed to the client.
 """
+from functools import partial
+
+import jax.numpy as jnp
 import numpy as np
 
-CHUNK = 2048     # rows of the embedding a one-hot product takes: one for all would need 88 GB at V = 50257
-BUCKETED = 8 * CHUNK  # from this vocabulary on, if T is 32 or more, the embedding is looked up by buckets (lookup.py)
-GROUP = 8        # buckets a product takes
-SCALE = 2.0**16  # the embedding is looked up as integers, exact to 1 / SCALE
+from model import GPTConfig
+from private.block import HEAD, block, head, last_block, row_masks, weights_of
+from private.engine import CLIENT, SERVER
+from private.lookup import QUERIES, buckets, queries
+from private.nonlinear import SECURE, secure_argmax
+from private.plain import plain_block, plain_head
+
+ROWS = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
+GROUP = 8    # buckets that a product takes
+# The embedding is looked up by buckets from this size and context on. Buckets take 2 QUERIES V
+# products for every column and one-hot rows T V, cheap where the vocabulary is a few pieces.
+BUCKETED_V = 8 * ROWS
+BUCKETED_T = 4 * QUERIES
+SCALE = 2**16  # the embedding is looked up in integers, exact to 1 / SCALE
+NO_TOKEN = -1  # at positions past the prompt
 
 
-def infer(party, public, weights, ids, told=lambda stage, costs: None, layers=0, reveal="logits", every_row=False):
+def infer(engine, public, weights, ids, told=lambda stage, costs: None, layers=0, reveal="logits",
+          every_row=False):
     """
-    One private forward pass. public: public.json's dict; weights: server.npz's arrays on the server, embedding.npz's on the client if
-    the embedding is public, else None; ids: the prompt's tokens on the client, else None; reveal: "logits" or "token"; layers: how
-    many equal layers to run, 0 for all; the last one, which computes one row, comes besides (plain's is equal). With fewer than all
-    only two pieces of the embedding are looked up, and the result means nothing.
+    One private forward pass. public: public.json's dict; weights: server.npz's arrays on the
+    server, embedding.npz's on the client if the embedding is public, else None; ids: the prompt's
+    tokens on the client, else None; reveal: "logits" or "token"; layers: how many equal layers to
+    run, 0 for all. The last layer, which makes one row, comes besides (plain's is equal). With
+    fewer layers than all, only two pieces of the embedding are looked up, and the result means
+    nothing.
 
-    Returns (result, costs). result, None but on the client: logits (V,) of the last position, or its most likely token, or
-    with every_row the logits (T, V). costs: [(kind, times, cost of Engine.run)] in the order run; times is how many equal
-    pieces this one stands for, itself included. told(stage, costs) is called after each stage.
+    Returns (result, costs). result, None but on the client: the logits (V,) of the last position,
+    or its most likely token, or with every_row the logits (T, V). costs: Engine.costs, of this
+    pass. told(stage, costs) is called after each stage.
     """
-    import jax.numpy as jnp
-    from private.lookup import QUERIES, buckets, queries
-    from model import GPTConfig
-    from private.nonlinear import SECURE, secure_argmax
-    from pi_export import block_steps, head_steps, of_block, one_of_each
-    from private.plain import plain_block_steps, plain_head_steps
-    c, shapes = GPTConfig(**public["config"]), {k: tuple(v) for k, v in public["shapes"].items()}
-    T, V, d, server, client = c.block_size, c.vocab_size, c.n_embd, party.rank == 1, party.rank == 0
-    block_steps_of, head_steps_of = (plain_block_steps, plain_head_steps) if party.plain else (block_steps, head_steps)
-    one_row = not every_row and not party.plain  # the last block computes only what a next token needs
-    whole = not layers or layers >= c.n_layer
-    if client:
-        end, ids = len(ids) - 1, np.pad(ids, (0, T - len(ids)), constant_values=-1)  # no position sees those past the prompt
-    specs, costs = {}, []
+    c = GPTConfig(**public["config"])
+    T, L = c.block_size, c.n_layer
+    units = public.get("layernorm_units") or [1.0] * (2 * L + 1)
+    costs = engine.costs = []
+    whole = not layers or layers >= L
+    client = engine.rank == CLIENT
+    put = partial(put_weights, engine, public["shapes"], weights)
 
-    def put(name, shape, owner, value, dtype=np.float32):
-        specs[name] = (tuple(shape), dtype)
-        party.put(name, shape, owner, value, dtype)
-
-    def step(kind, output, function, inputs, scope, times=1):
-        specs[output], cost = party.run((scope, output, tuple(inputs), kind), function, {name: specs[name] for name in inputs}, output)
-        costs.append((kind, times, cost))
-
-    def look_up():
-        """x, the embedded prompt, by encrypted one-hot rows of the tokens, or of their places in the buckets."""
-        bucketed = V >= BUCKETED and T >= 32 and not party.plain
-        if bucketed:
-            dealt = buckets(V, T, party.session.encode())
-            hot, chosen = queries(ids, dealt) if client else (None, None)
-            tokens = [dealt[i:i + GROUP] for i in range(0, len(dealt), GROUP)]
-            asked = [hot[i:i + GROUP] for i in range(0, len(dealt), GROUP)] if client else None
-        else:
-            tokens = [np.arange(start, min(start + CHUNK, V)) for start in range(0, V, CHUNK)]
-            asked = [ids[:, None] == piece for piece in tokens] if client else None
-        table = np.round(np.vstack((weights["wte"], np.zeros((1, d)))) * SCALE).astype(np.int32) if server else None  # row V stands for no token
-        run = len(tokens) if whole else min(len(tokens), 2)
-        for i in range(run):
-            *bucket, rows = tokens[i].shape
-            put("hot", (*bucket, QUERIES if bucketed else T, rows), 0, asked[i] if client else None, np.int32)
-            put("table", (*bucket, rows, d), 1, table[tokens[i]] if server else None, np.int32)
-            times = 1 if i + 1 < run else sum(piece.size for piece in tokens[i:]) / tokens[i].size
-            step("embedding", f"found {i}", lambda h, w: (h @ w).reshape(-1, d), ["hot", "table"], f"embedding {rows}", times)
-            told(f"embedding {i + 1}/{len(tokens)}", costs)
-        found = [f"found {i}" for i in range(run)]
-        if bucketed:
-            put("chosen", (T, len(dealt) * QUERIES), 0, chosen, np.int32)
-            step("embedding", "found", lambda chosen, *found: chosen @ jnp.vstack([found[min(i, run - 1)] for i in range(len(tokens))])[:chosen.shape[1]],
-                 ["chosen"] + found, "choose")
-        else:
-            step("embedding", "found", lambda *found: sum(found), found, "sum")
-        put("wpe", (T, d), 1, weights["wpe"] if server else None)
-        step("embedding", "x", lambda found, wpe: found.astype(np.float32) * (1 / SCALE) + wpe, ["found", "wpe"], "embedding")
-
-    put("mine", (2, 2), 0, np.ones((2, 2)) if client else None)
-    put("theirs", (2, 2), 1, np.ones((2, 2)) if server else None)
-    step("set-up", "ready", one_of_each, ["mine", "theirs"], "set-up")
+    set_up(engine)
     told("set-up", costs)
 
-    if public["embedding"] == "private":
-        look_up()
-    else:  # the client's own doing
-        put("x", (T, d), 0, np.where(ids[:, None] < 0, 0, weights["wte"][ids]) + weights["wpe"] if client else None)
+    padded = np.pad(ids, (0, T - len(ids)), constant_values=NO_TOKEN) if client else None
+    x = embed(engine, public["embedding"], c, weights, padded, told, whole)     # (T, d)
 
+    last, seen = row_masks(len(ids) - 1, T) if client else (None, None)
     if not every_row:  # which row is the last is the client's secret
-        put("last", (1, T), 0, np.eye(T)[end:end + 1] if client else None)
-    if one_row:
-        put("seen", (1, T), 0, np.tri(T)[end:end + 1] if client else None)
-    equal = c.n_layer - one_row
-    for layer in [*range(equal if whole else min(layers, equal)), *[equal] * one_row]:
-        block = of_block(shapes, layer)
-        for name, shape in block.items():
-            put(f"W.{name}", shape, 1, weights[f"blocks.{layer}.{name}"] if server else None)
-        times = 1 if whole or layer + 1 < layers or layer == equal else equal - layer
-        for i, (kind, output, function, inputs) in enumerate(block_steps_of(c, block, SECURE, layer == equal)):
-            step(kind, output, function, inputs, f"step {i} {block.keys()} {layer == equal}", times)
-        told(f"layer {layer + 1}/{c.n_layer}", costs)
+        last = engine.put((1, T), CLIENT, last)
+        seen = engine.put((1, T), CLIENT, seen)
 
-    if party.plain and not every_row:
-        step("head", "x", lambda last, x: last @ x, ["last", "x"], "select")
-    for name, shape in shapes.items():
-        if not name.startswith("blocks.") and name not in ("wte", "wpe"):
-            put(f"W.{name}", shape, 1, weights[name] if server else None)
-    for kind, output, function, inputs in head_steps_of(c, shapes, SECURE):
-        step(kind, output, function, inputs, f"head {every_row}")
+    one_row = not every_row and not engine.plain  # the last layer makes what a next token needs
+    equal = L - 1 if one_row else L
+    run = equal if whole else layers
+    for i in range(run):
+        not_run = equal - run if i == run - 1 else 0
+        op = partial(engine.op, times=1 + not_run)
+        if engine.plain:
+            x = plain_block(op, x, put(f"blocks.{i}."), c)                      # (T, d)
+        else:
+            x = block(op, x, put(f"blocks.{i}."), c, SECURE, units[2 * i:2 * i + 2])  # (T, d)
+        told(f"layer {i + 1}/{L}", costs)
+    if one_row:
+        x = last_block(engine.op, x, last, seen, put(f"blocks.{equal}."), c, SECURE,
+                       units[2 * equal:2 * equal + 2])                          # (1, d)
+        told(f"layer {L}/{L}", costs)
+    elif not every_row:
+        x = engine.op("head", jnp.matmul, last, x)                              # (1, d)
+
+    if engine.plain:
+        y = plain_head(engine.op, x, put(*HEAD), c)                             # (rows, V)
+    else:
+        y = head(engine.op, x, put(*HEAD), c, SECURE, units[-1])                # (rows, V)
     if reveal == "token":
-        step("argmax", "logits", secure_argmax, ["logits"], "argmax")
-    result = party.reveal("logits")
+        y = engine.op("argmax", secure_argmax, y)                               # (rows,)
+    result = engine.reveal(y)
     told("done", costs)
-    return result if result is None or every_row else result[0], costs
+    if client and not every_row:
+        result = result[0]
+    return result, costs
+
+
+def put_weights(engine, shapes, weights, *prefixes):
+    """The server's arrays whose names start with one of the prefixes, as weights_of() has them."""
+    server = engine.rank == SERVER
+    secrets = {}
+    for name, shape in shapes.items():
+        if name.startswith(prefixes):
+            secrets[name] = engine.put(shape, SERVER, weights[name] if server else None)
+    return weights_of(secrets, *prefixes)
+
+
+def set_up(engine):
+    """Have the engine make its keys, which it does at the first operation of each kind."""
+    ones = np.ones((2, 2))
+    mine = engine.put(ones.shape, CLIENT, ones)
+    theirs = engine.put(ones.shape, SERVER, ones)
+    engine.op("set-up", one_of_each, mine, theirs)
+
+
+def one_of_each(a, b):
+    """A comparison, a product by entries, matrix products of a client's and a server's (2, 2)."""
+    return jnp.maximum(((a + b) * (a + b)) @ (a + b), a) + (a + b) @ b
+
+
+# ----------------------------------------------------------------------------------- the embedding
+def embed(engine, embedding, c, weights, ids, told, whole):
+    """
+    The embedded prompt (T, d), looked up under encryption; if the embedding is public, looked up by
+    the client. ids (T,): the client's.
+    """
+    T, d = c.block_size, c.n_embd
+    client, server = engine.rank == CLIENT, engine.rank == SERVER
+    if embedding != "private":
+        x = None
+        if client:
+            x = np.where(ids[:, None] == NO_TOKEN, 0, weights["wte"][ids]) + weights["wpe"]
+        return engine.put((T, d), CLIENT, x)
+
+    table = None
+    if server:  # row V stands for no token
+        table = np.vstack((weights["wte"], np.zeros((1, d))))
+        table = np.round(table * SCALE).astype(np.int32)                        # (V + 1, d)
+    if c.vocab_size >= BUCKETED_V and T >= BUCKETED_T and not engine.plain:
+        found = by_buckets(engine, c, table, ids, told, whole)                  # (T, d)
+    else:
+        found = by_one_hot(engine, c, table, ids, told, whole)                  # (T, d)
+    wpe = engine.put((T, d), SERVER, weights["wpe"] if server else None)
+    return engine.op("embedding", place, found, wpe)                            # (T, d)
+
+
+def by_one_hot(engine, c, table, ids, told, whole):
+    """table[ids] by one-hot rows (T, V), a piece of the vocabulary at a time."""
+    T, V = c.block_size, c.vocab_size
+    pieces = [np.arange(start, min(start + ROWS, V)) for start in range(0, V, ROWS)]
+    asked = None
+    if engine.rank == CLIENT:
+        asked = [ids[:, None] == piece for piece in pieces]                     # (T, rows) each
+    found = answers(engine, T, asked, pieces, table, c.n_embd, told, whole)     # (T, d) each
+    return engine.op("embedding", add_up, *found)
+
+
+def by_buckets(engine, c, table, ids, told, whole):
+    """table[ids] by lookup.py's buckets, some of them at a time."""
+    dealt = buckets(c.vocab_size, c.block_size, engine.session.encode())        # (buckets, rows)
+    groups = [dealt[i:i + GROUP] for i in range(0, len(dealt), GROUP)]
+    asked = chosen = None
+    if engine.rank == CLIENT:
+        hot, chosen = queries(ids, dealt)
+        asked = [hot[i:i + GROUP] for i in range(0, len(dealt), GROUP)]         # (8, QUERIES, rows)
+    found = answers(engine, QUERIES, asked, groups, table, c.n_embd, told, whole)
+    chosen = engine.put((c.block_size, len(dealt) * QUERIES), CLIENT, chosen, np.int32)
+    return engine.op("embedding", put_in_order, chosen, *found, groups=len(groups))
+
+
+def answers(engine, questions, asked, pieces, table, d, told, whole):
+    """
+    The client's one-hot questions asked[i] (..., questions, rows) to the server's table[pieces[i]]
+    (..., rows, d): a list of answers, each (... questions, d). Unless `whole` only two pieces are
+    asked, and the second stands for the others.
+    """
+    run = len(pieces) if whole else min(len(pieces), 2)
+    found = []
+    for i in range(run):
+        *bucket, rows = pieces[i].shape
+        hot = engine.put((*bucket, questions, rows), CLIENT, asked and asked[i], np.int32)
+        part = table[pieces[i]] if engine.rank == SERVER else None
+        part = engine.put((*bucket, rows, d), SERVER, part, np.int32)
+        stands_for = pieces[i:] if i == run - 1 else pieces[i:i + 1]
+        times = sum(piece.size for piece in stands_for) / pieces[i].size
+        found.append(engine.op("embedding", answer, hot, part, times=times))
+        told(f"embedding {i + 1}/{len(pieces)}", engine.costs)
+    return found
+
+
+def answer(hot, rows):
+    return (hot @ rows).reshape(-1, rows.shape[-1])
+
+
+def add_up(*found):
+    return sum(found)
+
+
+def put_in_order(chosen, *found, groups):
+    """chosen (T, buckets QUERIES) times the answers; the last stands for those not asked."""
+    found = [found[min(i, len(found) - 1)] for i in range(groups)]
+    return chosen @ jnp.vstack(found)[:chosen.shape[1]]
+
+
+def place(found, wpe):
+    """The integers found, back in units of 1, and the position's embedding."""
+    return found.astype(np.float32) * (1 / SCALE) + wpe

@@ -1,69 +1,100 @@
 """
-The baseline of private inference: the same model under MPC as one would write it first, with jax.nn's functions, the formulas of
-the paper as they stand, and nothing folded. What pi_export.py's forms are measured against (bench_spu.py --plain=True or --baseline=True).
+The baseline of private inference: the same model under MPC as one would write it first, with
+jax.nn's functions, the formulas of the paper as they stand, and nothing folded. bench_spu.py
+--plain=True or --baseline=True runs it; what pi_export.py and block.py save is measured against it.
+
+Shapes and op() are block.py's.
 """
 import math
-from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from private.nonlinear import normalise
-from pi_export import flat, gain_and_shift, logits, matmul, matrix, named, unheads, weights_in
+from pi_export import flat, gain_and_shift, matrix, named
+from private.block import activation_kind, add_linear, join_heads, linear, logits
+from private.nonlinear import EXACT
 
 
 def plain_export(model, dtype=np.float32):
-    """The same model with nothing folded: every matrix as it was trained (norms resolved), what export() is measured against."""
+    """The model's arrays with nothing folded: every matrix as it was trained, norms resolved."""
     c = model.config
 
-    def block(block):
+    def plain_block_arrays(block):
         arrays = {name: matrix(getattr(block.attn, name)) for name in ("qk", "v", "o")}
-        arrays |= {name: matrix(getattr(block.ffn, name)) for name in (["w_ffn"] if c.fuse_ffn else ["w_in", "w_out"])}
+        for name in ["w_ffn"] if c.fuse_ffn else ["w_in", "w_out"]:
+            arrays[name] = matrix(getattr(block.ffn, name))
         if c.use_layernorm:
-            arrays |= {name: gain_and_shift(getattr(block, name)) for name in ("ln_1", "ln_2")}
+            arrays["ln_1"] = gain_and_shift(block.ln_1)
+            arrays["ln_2"] = gain_and_shift(block.ln_2)
         if c.learnable_temperature:
             arrays["inverse_t"] = (1 / block.attn.temperature.detach().numpy()[:, :, None],)
         if c.learnable_ffn_scale:
-            arrays |= {"inverse_alpha": (np.array(1 / block.alpha.item()),), "beta": (np.array(block.beta.item()),)}
+            arrays["inverse_alpha"] = (np.array(1 / block.alpha.item()),)
+            arrays["beta"] = (np.array(block.beta.item()),)
         return named(arrays)
 
-    top = {"ln_f": gain_and_shift(model.ln_f)} if c.final_layernorm else {}
-    wte = model.wte.weight.detach().numpy()
-    return flat({"wte": wte, "wpe": model.wpe.weight.detach().numpy(), "head": wte.T, **named(top)}, map(block, model.blocks), dtype)
+    wte, wpe = (e.weight.detach().numpy() for e in (model.wte, model.wpe))
+    top = {"wte": wte, "wpe": wpe, "head": wte.T}
+    if c.final_layernorm:
+        top |= named({"ln_f": gain_and_shift(model.ln_f)})
+    return flat(top, map(plain_block_arrays, model.blocks), dtype)
 
 
-def layer_norm(x, gain, *shift):
-    return normalise(x) * gain + sum(shift)
-
-
-def plain_block_steps(c, block, f=None, last=False):
-    """block_steps() over plain_export()'s arrays, with jax.nn's functions and the formulas of the paper as they stand; the last as the others."""
-    W, H, n = weights_in(block), c.n_head, "n" if c.use_layernorm else "x"
-
-    def norm(name):
-        return [("LayerNorm", "n", layer_norm, ["x"] + W(name))] * c.use_layernorm
-
-    def scores(qk, *inverse_t):
-        q, k = qk.reshape(len(qk), 2, H, -1).transpose(1, 2, 0, 3)
-        return (q * inverse_t[0] if inverse_t else q) @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1])
-
-    def softmax(s):  # SPU's exp makes garbage of -inf, so that masked entries go after it
-        return jax.nn.softmax(s, where=np.tri(s.shape[-1], dtype=bool))
-
-    steps = norm("ln_1") + [("matmul", "qk", matmul, [n] + W("qk")), ("matmul", "v", matmul, [n] + W("v")),
-                            ("matmul", "s", scores, ["qk"] + ["W.inverse_t"] * c.learnable_temperature), ("softmax", "a", softmax, ["s"]),
-                            ("matmul", "y", lambda a, v: unheads(a @ v.reshape(len(v), H, -1).transpose(1, 0, 2)), ["a", "v"]),
-                            ("matmul", "x", lambda x, y, *w: x + matmul(y, *w), ["x", "y"] + W("o"))] + norm("ln_2")
+def plain_block(op, x, w, c):
+    """One block, eq. 1 and 8, over plain_export()'s arrays: x (T, d) -> (T, d)."""
+    n = op("LayerNorm", layer_norm, x, *w["ln_1"]) if c.use_layernorm else x   # (T, d)
+    qk = op("matmul", linear, n, *w["qk"])                                     # (T, 2 d)
+    v = op("matmul", linear, n, *w["v"])                                       # (T, d)
+    inverse_t = w["inverse_t"] if c.learnable_temperature else ()
+    s = op("matmul", plain_scores, qk, *inverse_t, n_head=c.n_head)            # (H, T, T)
+    a = op("softmax", plain_softmax, s)                                        # (H, T, T)
+    y = op("matmul", plain_mix, a, v)                                          # (T, d)
+    x = op("matmul", add_linear, x, y, *w["o"])                                # (T, d)
+    h = op("LayerNorm", layer_norm, x, *w["ln_2"]) if c.use_layernorm else x   # (T, d)
     if c.fuse_ffn:
-        steps += [("matmul", "h", matmul, [n] + W("w_ffn"))]
+        h = op("matmul", linear, h, *w["w_ffn"])                               # (T, d)
     else:
-        act = [("GELU", "h", partial(jax.nn.gelu, approximate=c.gelu_tanh), ["h"])] * c.use_gelu + [("ReLU", "h", jax.nn.relu, ["h"])] * c.use_relu
-        steps += [("matmul", "h", matmul, [n] + W("w_in")), *act, ("matmul", "h", matmul, ["h"] + W("w_out"))]
+        h = op("matmul", linear, h, *w["w_in"])                                # (T, 4 d)
+        if c.activation != "none":
+            h = op(activation_kind(c), EXACT.activation[c.activation], h)      # (T, 4 d)
+        h = op("matmul", linear, h, *w["w_out"])                               # (T, d)
     if c.learnable_ffn_scale:
-        return steps + [("matmul", "x", lambda x, h, a, b: b * x + a * h, ["x", "h", "W.inverse_alpha", "W.beta"])]
-    return steps + [("matmul", "x", lambda x, h: x + h, ["x", "h"])]
+        return op("matmul", scale_both, x, h, *w["beta"], *w["inverse_alpha"])  # (T, d)
+    return op("matmul", jnp.add, x, h)                                         # (T, d)
 
 
-def plain_head_steps(c, arrays, f=None):
-    n, W = "n" if c.final_layernorm else "x", weights_in(arrays)
-    return [("head", "n", layer_norm, ["x"] + W("ln_f"))] * c.final_layernorm + [("head", "logits", logits, [n] + W("head"))]
+def plain_head(op, x, w, c):
+    """The logits of rows x: (rows, d) -> (rows, V)."""
+    if c.final_layernorm:
+        x = op("head", layer_norm, x, *w["ln_f"])                              # (rows, d)
+    return op("head", logits, x, *w["head"])                                   # (rows, V)
+
+
+def layer_norm(x, gain, shift=None):
+    y = EXACT.normalise(x) * gain
+    return y if shift is None else y + shift
+
+
+def plain_scores(qk, inverse_t=None, *, n_head):
+    """Q K^T / sqrt(d_k), row i divided by t_i where there are temperatures, eq. 9."""
+    q, k = qk.reshape(len(qk), 2, n_head, -1).transpose(1, 2, 0, 3)
+    if inverse_t is not None:
+        q = q * inverse_t
+    return q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1])
+
+
+def plain_softmax(s):
+    """Its mask goes after exp(): SPU's makes garbage of -inf."""
+    return jax.nn.softmax(s, where=np.tri(s.shape[-1], dtype=bool))
+
+
+def plain_mix(a, v):
+    """A V, heads side by side."""
+    H, T, _ = a.shape
+    return join_heads(a @ v.reshape(T, H, -1).transpose(1, 0, 2))
+
+
+def scale_both(x, h, beta, inverse_alpha):
+    """beta x + h / alpha, eq. 8."""
+    return beta * x + inverse_alpha * h

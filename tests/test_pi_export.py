@@ -1,4 +1,4 @@
-"""pi_export.py: every folding exact in float64, and the exported model equal to model.py's."""
+"""pi_export.py and block.py: foldings exact in float64, the exported model equal to model.py's."""
 import json
 
 import numpy as np
@@ -10,114 +10,220 @@ from test_model import ARCHITECTURES, SMALL, build, tokens
 jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
-from private.nonlinear import SECURE  # noqa: E402
-from pi_export import export, forward, head_steps, load_weights, matmul, of_block  # noqa: E402
-from private.plain import plain_block_steps, plain_export, plain_head_steps  # noqa: E402
+from pi_export import export, load_weights  # noqa: E402
+from private.block import (  # noqa: E402
+    HEAD, WORDS, block, ffn, forward, head, last_block, linear, logits, now, row_masks, weights_of)
+from private.nonlinear import EXACT, SECURE  # noqa: E402
+from private.plain import plain_block, plain_export, plain_head  # noqa: E402
+
+VARIANTS = {
+    **ARCHITECTURES,
+    "SM+WNorm(QKVO+FFN)": dict(use_layernorm=False, use_gelu=False, weight_norm="qkvo+ffn"),
+    "GPT-2's biases": dict(bias=True, gelu_tanh=True),
+    "softmax only with biases": dict(ARCHITECTURES["SM+ScFFN"], bias=True),
+    "softmax only, no ln_f": dict(ARCHITECTURES["SM+ScFuFFN"], final_layernorm=False),
+    "SM+G, no ln_f": dict(ARCHITECTURES["SM+G"], final_layernorm=False),
+    "SM+LN+ScFuFFN": dict(use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True),
+    "SM+R+ScFFN": dict(ARCHITECTURES["SM+R"], learnable_ffn_scale=True),
+}
 
 
 def one_hot(idx, dtype=np.float64):
     return np.eye(SMALL["vocab_size"], dtype=dtype)[idx.numpy()]
 
 
-VARIANTS = {**ARCHITECTURES, "SM+WNorm(QKVO+FFN)": dict(use_layernorm=False, use_gelu=False, weight_norm="qkvo+ffn"),
-            "GPT-2's biases": dict(bias=True, gelu_tanh=True), "softmax only with biases": dict(ARCHITECTURES["SM+ScFFN"], bias=True),
-            "softmax only, no ln_f": dict(ARCHITECTURES["SM+ScFuFFN"], final_layernorm=False), "SM+G, no ln_f": dict(ARCHITECTURES["SM+G"], final_layernorm=False),
-            "SM+LN+ScFuFFN": dict(use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True), "SM+R+ScFFN": dict(ARCHITECTURES["SM+R"], learnable_ffn_scale=True)}
+def clear_logits(model, idx):
+    """model.py's logits (T, V)."""
+    return model(idx)[0][0].detach().numpy()
+
+
+def exported(model, idx, **options):
+    """The logits of what was exported, in float64."""
+    with jax.experimental.enable_x64():
+        arrays = export(model, np.float64)
+        return np.asarray(forward(arrays, model.config, one_hot(idx[0]), **options))
+
+
+def rounding(wanted):
+    """What float64 may lose."""
+    return 1e-11 * max(1, np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_foldings_are_exact(name):
     """Every parameter off its initial value, float64 throughout: what is left is rounding."""
-    model, idx = build(**VARIANTS[name]), tokens(B=1, T=7)  # shorter than the context, as prompts are
-    with jax.experimental.enable_x64():
-        logits = np.asarray(forward(export(model, np.float64), model.config, one_hot(idx[0])))
-    wanted = model(idx)[0][0].detach().numpy()
-    assert logits.dtype == np.float64 and np.abs(logits - wanted).max() < 1e-11 * max(1, np.abs(wanted).max())
+    model = build(**VARIANTS[name])
+    idx = tokens(B=1, T=7)  # shorter than the context, as prompts are
+    got, wanted = exported(model, idx), clear_logits(model, idx)
+    assert got.dtype == np.float64
+    assert np.abs(got - wanted).max() < rounding(wanted)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_last_block_by_one_row(name):
-    """The row that a next token needs, from a last block that computes no other: that row of the whole."""
-    model, idx = build(**VARIANTS[name]), tokens(B=1, T=SMALL["block_size"])
-    with jax.experimental.enable_x64():
-        arrays, hot = export(model, np.float64), one_hot(idx[0])
-        whole = np.asarray(forward(arrays, model.config, hot))
-        for row in (0, 5, len(hot) - 1):
-            one = np.asarray(forward(arrays, model.config, hot, row=row))
-            assert one.shape == (1, SMALL["vocab_size"]) and np.abs(one[0] - whole[row]).max() < 1e-11 * max(1, np.abs(whole).max())
+    """A next token's row, from a last block that computes no other, is that row of the whole."""
+    model = build(**VARIANTS[name])
+    idx = tokens(B=1, T=SMALL["block_size"])
+    whole = exported(model, idx)
+    for row in (0, 5, len(whole) - 1):
+        one = exported(model, idx, row=row)
+        assert one.shape == (1, SMALL["vocab_size"])
+        assert np.abs(one[0] - whole[row]).max() < rounding(whole)
 
 
 @pytest.mark.parametrize("name", ["SM", "SM+ScFuFFN"])
 def test_a_singular_ffn_is_run(name):
-    """beta I + W_ffn / alpha = 0 in some direction has no inverse, so no basis to hide it in: the FFN stays, and stays exact."""
-    model, idx = build(**ARCHITECTURES[name], bias=True), tokens(B=1, T=7)
+    """
+    beta I + W_ffn / alpha = 0 in some direction has no inverse, so no basis to hide it in: the FFN
+    stays, and stays exact.
+    """
+    model = build(**ARCHITECTURES[name], bias=True)
+    idx = tokens(B=1, T=7)
+    singular = model.blocks[1]
     with torch.no_grad():
-        ffn = model.blocks[1].ffn
-        (ffn.w_ffn if name == "SM+ScFuFFN" else ffn.w_out).weight[:] = -(model.blocks[1].alpha * model.blocks[1].beta if name == "SM+ScFuFFN" else 1) * (
-            torch.eye(8) if name == "SM+ScFuFFN" else torch.linalg.pinv(ffn.w_in.weight))
-    with jax.experimental.enable_x64():
-        arrays = export(model, np.float64)
-        logits = np.asarray(forward(arrays, model.config, one_hot(idx[0])))
-    assert "blocks.0.ffn" in arrays and np.abs(logits - model(idx)[0][0].detach().numpy()).max() < 1e-10
+        if name == "SM+ScFuFFN":
+            singular.ffn.w_ffn.weight[:] = -singular.alpha * singular.beta * torch.eye(8)
+        else:
+            singular.ffn.w_out.weight[:] = -torch.linalg.pinv(singular.ffn.w_in.weight)
+    assert "blocks.0.ffn" in export(model)
+    for row in (None, 5):
+        wanted = clear_logits(model, idx)
+        got = exported(model, idx, row=row)
+        assert np.abs(got - (wanted if row is None else wanted[row])).max() < 1e-10
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_unfolded_form_is_the_same_model(name):
-    """plain_export and its steps, against which the foldings are measured, are no straw man: they give the same logits."""
-    model, idx = build(**VARIANTS[name]), tokens(B=1, T=7)
+    """plain.py, against which the foldings are measured, is no straw man: the same logits."""
+    model = build(**VARIANTS[name])
+    c, idx = model.config, tokens(B=1, T=SMALL["block_size"])
     with jax.experimental.enable_x64():
-        logits = np.asarray(forward(plain_export(model, np.float64), model.config, one_hot(idx[0]), None,
-                                    (plain_block_steps, plain_head_steps)))
-    wanted = model(idx)[0][0].detach().numpy()
-    assert np.abs(logits - wanted).max() < 1e-11 * max(1, np.abs(wanted).max())
+        arrays = plain_export(model, np.float64)
+        x = one_hot(idx[0]) @ arrays["wte"] + arrays["wpe"]
+        for i in range(c.n_layer):
+            x = plain_block(now, x, weights_of(arrays, f"blocks.{i}."), c)
+        got = np.asarray(plain_head(now, x, weights_of(arrays, *HEAD), c))
+    wanted = clear_logits(model, idx)
+    assert np.abs(got - wanted).max() < rounding(wanted)
 
 
-def test_a_softmax_only_block_is_attention_alone():
-    """Q, K, V in one matrix and the projection in the other: no FFN, no scale, no norm is left to multiply."""
-    for name in ("SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN", "SM(th)+ScFuFFN"):
-        block = of_block(export(build(**ARCHITECTURES[name])), 0)
-        assert {k: v.shape for k, v in block.items()} == {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8)}, name
-    assert export(build(**ARCHITECTURES["SM(t)+ScFuFFN"]))["blocks.0.inverse_t"].shape == (2, 16, 1)
-    assert {k: v.shape for k, v in of_block(export(build(**ARCHITECTURES["SM+LN"])), 0).items()} == \
-        {"qkv": (8, 24), "qkv_b": (24,), "o": (8, 8), "o_b": (8,), "ffn": (8, 8), "ffn_b": (8,)}
+@pytest.mark.parametrize("name", [
+    "SM", "SM+WNorm(FFN)", "SM+SNorm(FFN)", "SM+ScFFN", "SM+ScFuFFN", "SM(th)+ScFuFFN"])
+def test_a_softmax_only_block_is_attention_alone(name):
+    """Q, K, V in one matrix, the projection in another: no FFN, scale or norm is left."""
+    assert shapes_of_block(name) == {"qkv": [(8, 24), (24,)], "o": [(8, 8)]}
+
+
+def test_what_else_a_block_may_hold():
+    per_position = shapes_of_block("SM(t)+ScFuFFN")
+    assert per_position["inverse_t"] == [(2, 16, 1)]
+    linear_ffn = {"qkv": [(8, 24), (24,)], "o": [(8, 8), (8,)], "ffn": [(8, 8), (8,)]}
+    assert shapes_of_block("SM+LN") == linear_ffn
+
+
+def shapes_of_block(name):
+    w = weights_of(export(build(**ARCHITECTURES[name])), "blocks.0.")
+    return {k: [a.shape for a in arrays] for k, arrays in w.items()}
+
+
+def test_weights_are_found_by_prefix_each_with_its_bias():
+    arrays = {"blocks.1.o": 1, "blocks.1.qkv": 2, "blocks.1.qkv_b": 3, "blocks.10.o": 4, "head": 5}
+    assert weights_of(arrays, "blocks.1.") == {"o": (1,), "qkv": (2, 3)}
+    assert weights_of(arrays, *HEAD) == {"head": (5,)}
+
+
+@pytest.mark.parametrize("name", ["SM+LN+G", "SM+R+ScFFN", "SM(t)+ScFuFFN"])
+def test_every_step_is_cached_by_what_it_is(name):
+    """
+    Two blocks of a model are the same list of (kind, function, static keywords): compiled once. So
+    no step may be a closure that is made anew.
+    """
+    model = build(**VARIANTS[name])
+    c, T = model.config, SMALL["block_size"]
+    x = np.ones((T, c.n_embd), np.float32)
+    for form in (lambda op, w: block(op, x, w, c, SECURE),
+                 lambda op, w: last_block(op, x, *row_masks(3, T), w, c, SECURE)):
+        steps = []
+        for i in (0, 1):
+            steps.append([])
+
+            def op(kind, function, *values, **static):
+                steps[-1].append((kind, function, tuple(sorted(static.items()))))
+                return function(*values, **static)
+
+            form(op, weights_of(export(model), f"blocks.{i}."))
+        assert {*steps[0]} == {*steps[1]}
+
+
+def test_a_new_activation_needs_no_edit_here(monkeypatch):
+    """An entry in model.ACTIVATIONS and one in nonlinear.py: the block takes both."""
+    kinds = []
+
+    def op(kind, function, *values, **static):
+        kinds.append(kind)
+        return function(*values, **static)
+
+    c = GPTConfig(**SMALL, use_layernorm=False)
+    monkeypatch.setitem(EXACT.activation, "silu", jax.nn.silu)
+    monkeypatch.setitem(__import__("model").ACTIVATIONS, "silu", ("S", torch.nn.SiLU()))
+    monkeypatch.setattr(GPTConfig, "activation", "silu")
+    x, W_in, W_out = (np.random.default_rng(0).normal(size=s) for s in ((3, 8), (8, 32), (32, 8)))
+    got = np.asarray(ffn(op, x, {"in": (W_in,), "up": (W_out,)}, c, EXACT))
+    wanted = x + torch.nn.functional.silu(torch.from_numpy(x @ W_in)).numpy() @ W_out
+    assert np.abs(got - wanted).max() < 1e-4
+    assert kinds == ["matmul", "SiLU", "matmul"]
 
 
 def test_the_head_of_many_rows_goes_in_pieces():
-    """All of it at once took more than 24 GB at the paper's size; of the one row of a next token nothing is cut."""
-    rng, c = np.random.default_rng(0), GPTConfig(use_layernorm=False, final_layernorm=False)
-    x, W, b = rng.normal(size=(5, 8)), rng.normal(size=(8, 5000)), rng.normal(size=5000)
-    (_, output, logits, inputs), = head_steps(c, {"head": W, "head_b": b}, SECURE)
-    assert (output, inputs) == ("logits", ["x", "W.head", "W.head_b"])
+    """At once it took more than 24 GB at the paper's size; of a next token's row nothing is cut."""
+    rng = np.random.default_rng(0)
+    c = GPTConfig(use_layernorm=False, final_layernorm=False)
+    x, W, b = rng.normal(size=(5, 8)), rng.normal(size=(8, 2 * WORDS + 904)), rng.normal(size=5000)
+
+    def columns(rows):
+        products = [e for e in jax.make_jaxpr(logits)(rows, W, b).eqns
+                    if e.primitive.name == "dot_general"]
+        return [e.outvars[0].aval.shape[1] for e in products]
+
     with jax.experimental.enable_x64():
-        assert np.abs(np.asarray(logits(x, W, b)) - (x @ W + b)).max() < 1e-12
-        columns = [[e.outvars[0].aval.shape[1] for e in jax.make_jaxpr(logits)(rows, W, b).eqns if e.primitive.name == "dot_general"] for rows in (x, x[:1])]
-    assert columns == [[2048, 2048, 904], [5000]]
+        got = np.asarray(head(now, x, {"head": (W, b)}, c, SECURE))
+        assert np.abs(got - (x @ W + b)).max() < 1e-12
+        assert columns(x) == [WORDS, WORDS, 904]
+        assert columns(x[:1]) == [5000]
 
 
 @pytest.mark.parametrize("arch", ["ereg_sm_t_scfuffn", "sm_ln_g", "sm_snorm_ffn"])
 def test_a_trained_checkpoint(arch, data_dir, tmp_path):
     """train.py -> pi_export.py -> server.npz, in float32: the same logits to 1e-4."""
-    run("train.py", f"config/{arch}.py", "--dataset=mine", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=50", "--n_layer=3",
-        "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=4", "--sample_tokens=0", "--learning_rate=1e-2")
-    run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out={tmp_path / 'private'}")
-    public = json.loads((tmp_path / "private" / "public.json").read_text())
-    config, arrays = GPTConfig(**public["config"]), load_weights(tmp_path / "private" / "server.npz")
+    run("train.py", f"config/{arch}.py", "--dataset=mine", f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path}", "--max_iters=50", "--n_layer=3", "--n_head=2", "--n_embd=32",
+        "--block_size=32", "--eval_windows=4", "--sample_tokens=0", "--learning_rate=1e-2")
+    folder = tmp_path / "private"
+    run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out={folder}")
+    public = json.loads((folder / "public.json").read_text())
+    arrays = load_weights(folder / "server.npz")
     model = GPT.from_checkpoint(str(tmp_path / "ckpt.pt"))
-    assert config == model.config and public["tokenizer"]["ranks"]
-    assert public["shapes"] == {k: list(v.shape) for k, v in np.load(tmp_path / "private" / "server.npz").items()}
-    idx = torch.from_numpy(np.fromfile(data_dir / "mine" / "val.bin", np.uint16)[:32].astype(np.int64))
-    logits = np.asarray(forward(arrays, config, np.eye(config.vocab_size, dtype=np.float32)[idx.numpy()]))
-    wanted = model(idx[None])[0][0].detach().numpy()
-    assert np.abs(logits - wanted).max() < 1e-4 and np.abs(wanted).max() > 1
+    config = GPTConfig(**public["config"])
+    assert config == model.config
+    assert public["tokenizer"]["ranks"]
+    assert public["shapes"] == {k: list(v.shape) for k, v in arrays.items()}
+
+    ids = np.fromfile(data_dir / "mine" / "val.bin", np.uint16)[:32].astype(np.int64)
+    got = np.asarray(forward(arrays, config, np.eye(config.vocab_size, dtype=np.float32)[ids]))
+    wanted = clear_logits(model, torch.from_numpy(ids)[None])
+    assert np.abs(wanted).max() > 1
+    assert np.abs(got - wanted).max() < 1e-4
 
 
 def test_what_goes_wrong_is_said(tmp_path):
-    assert "error: no checkpoint at" in run("pi_export.py", f"--ckpt={tmp_path / 'none.pt'}", status=1)
-    (tmp_path / "ckpt.pt").write_bytes(b"PK not a checkpoint")
-    assert "not a whole checkpoint" in run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", status=1)
-    save_checkpoint(str(tmp_path / "ckpt.pt"), GPT(GPTConfig(**SMALL)))
-    assert "error:" in run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", "--out=/dev/null/x", status=1)
-    run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out={tmp_path}")
+    ckpt = tmp_path / "ckpt.pt"
+    missing = tmp_path / "none.pt"
+    assert "error: no checkpoint at" in run("pi_export.py", f"--ckpt={missing}", status=1)
+    ckpt.write_bytes(b"PK not a checkpoint")
+    assert "not a whole checkpoint" in run("pi_export.py", f"--ckpt={ckpt}", status=1)
+    save_checkpoint(str(ckpt), GPT(GPTConfig(**SMALL)))
+    assert "error:" in run("pi_export.py", f"--ckpt={ckpt}", "--out=/dev/null/x", status=1)
+    run("pi_export.py", f"--ckpt={ckpt}", f"--out={tmp_path}")
     whole = (tmp_path / "server.npz").read_bytes()
     (tmp_path / "server.npz").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="not a whole server.npz"):
@@ -126,15 +232,19 @@ def test_what_goes_wrong_is_said(tmp_path):
 
 @pytest.mark.parametrize("T", [1, 128, 129, 300])
 def test_a_product_by_rows(T):
-    x, W, b = (np.random.default_rng(T).standard_normal(shape) for shape in ((T, 5), (5, 7), (7,)))
+    rng = np.random.default_rng(T)
+    x, W, b = (rng.standard_normal(shape) for shape in ((T, 5), (5, 7), (7,)))
     with jax.experimental.enable_x64():
-        assert np.allclose(matmul(x, W, b), x @ W + b, atol=1e-12) and np.allclose(matmul(x, W), x @ W, atol=1e-12)
+        assert np.allclose(linear(x, W, b), x @ W + b, atol=1e-12)
+        assert np.allclose(linear(x, W), x @ W, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["SM+LN+G", "SM+LN+R", "SM(t)+ScFuFFN"])
 def test_the_secure_forward_pass_is_near_the_exact_one(in_the_clear, name):
-    model, idx = GPT(GPTConfig(**SMALL, **ARCHITECTURES[name])).eval(), tokens(B=1)
-    exact = model(idx)[0][0].detach().numpy()
+    model = GPT(GPTConfig(**SMALL, **ARCHITECTURES[name])).eval()
+    idx = tokens(B=1)
+    exact = clear_logits(model, idx)
+    hot = one_hot(idx[0], np.float32)
     for row in (None, 9):
-        secure = np.asarray(forward(export(model), model.config, one_hot(idx[0], np.float32), SECURE, row=row))
+        secure = np.asarray(forward(export(model), model.config, hot, SECURE, row=row))
         assert np.abs(secure - (exact if row is None else exact[row])).max() < 1e-2

@@ -1,33 +1,118 @@
-"""README.md is true: the lines it quotes stand in the files it names, and its commands use settings that exist."""
+"""README.md and docs/ are true: the code they quote, the files, settings and links they name exist."""
+import json
 import re
+
+import pytest
 
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_quoted_code_stands_in_the_files():
-    rows = [row for row in README.split("## The equations, in the code")[1].split("\n## ")[0].splitlines() if re.search(r" in `\w+\.py`", row)]
-    assert len(rows) >= 8
+def section(title):
+    """The text of README under a heading."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def paragraphs(text):
+    """Paragraphs and list items, without code, tables and headings."""
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines = ["" if re.match(r" {4}|\||#|!\[|<!--", line) else line for line in text.splitlines()]
+    return [p for p in re.split(r"\n\s*\n|\n(?=- |\d\. )", "\n".join(lines)) if p.strip()]
+
+
+def test_quoted_code_stands_in_the_file_it_is_said_to_stand_in():
+    rows = [row for row in section("The equations, in the code").splitlines() if " in `" in row]
+    assert len(rows) >= 12
     for row in rows:
-        file = re.search(r" in `(\w+\.py)`", row)[1]
-        for code in re.findall(r"`([^`]+)`", row.split(" | ", 1)[1]):
-            assert code == file or code in (ROOT / file).read_text(), (code, file)
+        for part in re.split(r"(?<=\.py`)", row.split(" | ", 1)[1]):
+            file = re.search(r" in `([\w/]+\.py)`$", part)
+            for code in re.findall(r"`([^`]+)`", part[:file.start()]) if file else []:
+                assert code in (ROOT / file[1]).read_text(), (code, file[1])
 
 
-def test_files_and_configs_exist():
-    for name in re.findall(r"`((?:config/|data/|results/|tests/|private/|experiments/)?[\w./]+\.(?:py|md|json|txt))`", README):
-        assert any((ROOT / folder / name).exists() for folder in ("", "config")) or name in ("public.json", "server.npz", "meta.json"), name
-    for name in re.findall(r"`((?:sm|ereg)_\w+|sm)`", README.split("## Architectures and settings")[1].split("\n## ")[0]):
-        assert (ROOT / "config" / f"{name}.py").exists(), name
+def test_every_equation_of_the_paper_has_a_row():
+    equations = section("The equations, in the code")
+    for number in range(1, 11):
+        assert re.search(rf"\({number}[,)]|, {number}\)", equations), number
 
 
-def test_commands_use_settings_that_exist():
-    commands = [c for c in re.findall(r"python ([\w/]+\.py)([^\n`#&]*)", README) if c[0] != "script.py"]  # the example in the table of files
-    assert len(commands) >= 12
-    for script, arguments in commands:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    for name in re.findall(r"`([\w./]+\.(?:py|md|json|txt|png|npz))`", page.read_text()):
+        places = (ROOT / folder / name for folder in ("", "config", "docs", "results"))
+        assert any(place.exists() for place in places) or is_written_by_a_run(name), name
+
+
+def is_written_by_a_run(name):
+    """Whether a user's own command makes this file."""
+    return name.startswith("out/") or name in {"public.json", "server.npz", "embedding.npz", "entropy.png"}
+
+
+def test_every_architecture_is_named():
+    named = set(re.findall(r"`((?:sm|ereg)_\w+|sm)`", section("Architectures and settings")))
+    assert named == {path.stem for path in (ROOT / "config").glob("*.py")
+                     if not path.stem.startswith("on_")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_use_settings_that_exist(page):
+    for script, arguments in re.findall(r"python ([\w/]+\.py)([^\n`#&]*)", page.read_text()):
+        if script == "script.py":  # stands for any
+            continue
         text = (ROOT / script).read_text()
+        if script == "train.py":  # the fields of GPTConfig are settings of train.py
+            text += (ROOT / "model.py").read_text()
         for key in re.findall(r"--(\w+)", arguments):
-            assert key == "help" or re.search(rf"^{key} = ", text, re.M) or script.startswith("experiments/"), (script, key)
+            assignment = rf"^(?:(?:\w+, )*{key}(?:, \w+)*|    {key}: \w+) += "
+            assert key == "help" or re.search(assignment, text, re.M), (script, key)
         for config in re.findall(r"config/\w+\.py", arguments):
             assert (ROOT / config).exists(), config
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        assert not anchor or anchor in headings(other.read_text()), target
+
+
+def headings(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 230
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paragraphs_are_short(page):
+    most = 60 if page.name == "README.md" else 75
+    for paragraph in paragraphs(page.read_text()):
+        assert len(paragraph.split()) <= most or "Made by `python" in paragraph, paragraph
+
+
+def test_perplexities_are_those_of_the_json():
+    runs = json.loads((ROOT / "results" / "reproduction.json").read_text())["architectures"]
+    measured = {row["label"]: [run["val_ppl"] for run in row["runs"]] for row in runs}
+    rows = [row.strip("| ").split(" | ") for row in section("Results").splitlines() if " to " in row]
+    rows = [row for row in rows if row[0] in measured]
+    assert len(rows) == 6
+    for label, mean, spread, *_ in rows:
+        values = measured[label]
+        assert mean == f"{sum(values) / len(values):.1f}", label
+        assert spread == f"{min(values):.1f} to {max(values):.1f}", label
+
+
+def test_private_costs_are_those_of_the_json():
+    table = section("Private inference")
+    for run in json.loads((ROOT / "results" / "private_table2.json").read_text()):
+        assert f" {run['bytes_total'] / 1e6:,.0f} " in table, run["arch"]
+        assert f" {run['seconds'] / 60:.1f} " in table, run["arch"]
