@@ -34,23 +34,26 @@ are H x T x T.
 private/block.py is the forward pass over those arrays, private/files.py reads and writes the files,
 private/ranges.py refuses a model that fixed point would garble.
 """
-import math
-import os
-import signal
+from configurator import configure, die, end_on_signals, on_signals, one_of
 
-import numpy as np
-import torch
+if __name__ == "__main__":
+    end_on_signals()
 
-from configurator import configure, die, one_of
+import math  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 try:
     from private.nonlinear import LOGIT_UNIT
 except ImportError:
     die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then "
         "pip install -r requirements.txt")
-from model import GPT, load_checkpoint
-from private.files import write_files
-from private.ranges import check_range
+from model import GPT, load_checkpoint  # noqa: E402
+from private.files import write_files  # noqa: E402
+from private.ranges import check_range  # noqa: E402
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
 out = "out/private"  # folder for server.npz, public.json and, of a public embedding, embedding.npz
@@ -263,13 +266,12 @@ def held_out(checkpoint, path):
 
 
 def leave(number, frame):
-    """Upon a signal, end so that what write_whole() has begun is removed."""
-    die("stopped", 128 + number)
+    """A signal's handler that raises, so that what write_whole() has begun is removed."""
+    die(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+    on_signals(leave)
     configure(globals())
     one_of(globals(), embedding=("private", "public"))
     folder = os.path.expanduser(out)

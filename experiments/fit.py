@@ -1,6 +1,6 @@
 """
-Make the constants of nonlinear.py's secure_exp and secure_gelu, and say how far the fits are from the
-functions.
+Make the constants of nonlinear.py's secure_exp and secure_gelu, and say how far the fits are from
+the functions.
 
     python experiments/fit.py     # a minute
 """
@@ -55,9 +55,10 @@ def fit_exp(starts):
 # -------------------------------------------------------------------------------------------- GELU
 def fit_gelu():
     """
-    (near, far, largest error): two parabolas for GELU(t) - t, each (up to which t, c2, c1, c0), and 0
-    beyond both. By least squares where numbers lie, not minimax: errors of one sign add up in the
-    next matrix, and a minimax fit within 4e-3 told the clear's token less often (docs/private.md).
+    (near, far, largest error): two parabolas for GELU(t) - t, each (up to which t, c2, c1, c0),
+    and 0 beyond both. By least squares where numbers lie, not minimax: errors of one sign add up
+    in the next matrix, and a minimax fit within 4e-3 told the clear's token less often
+    (docs/private.md).
     """
     t = np.linspace(0, 8, 4001)
     y = -t * (1 - erf(t / np.sqrt(2))) / 2

@@ -99,8 +99,8 @@ def secure_normalise(x, unit=1.0):
 
     unit: a public power of two near the rows' standard deviation; the result doesn't depend on it.
     The engine's rsqrt is right within 5e-4 from 2^-11 on and 0 from 2^17 on; k brings the unit in
-    between. Range: rows of standard deviation from unit / 32 to 64 units, within 3e-3; from
-    unit / 64, within 1e-2; from 90 units on the result is 0.
+    between. Range: rows of standard deviation from unit / 32 to 64 units, within 1e-2; from
+    unit / 8 to 16 units, within 2e-3; from 90 units on the result is 0.
     The mean is subtracted twice: 1/d has 18 bits in the engine, and 1/768 is wrong by a thousandth.
 
     Price: 15 MB for 128 x 768, where two products for every entry take 44. This form is slower, as

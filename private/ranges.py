@@ -21,6 +21,7 @@ NEAR = 1 / 16              # share of a limit that is warned of, since other tex
 BLURRED, GARBLED = 0.05, 0.5  # error of a row of logits by rounding, of its spread: warned, refused
 LEAST_ROW = 1 / 32         # rows that secure_normalise() holds for: standard deviation in units
 TEXT, RANDOM = 4, 2        # contexts of either that are tried
+TINY = 1e-30               # so that 0 / 0 is 0
 CURE = "train it with more weight decay, a lower learning rate or temperatures nearer 1"
 
 
@@ -79,7 +80,7 @@ class Watch:
         step = self.layer, function.__name__
         reach = np.nan_to_num(jnp.abs(exact).max(), nan=np.inf, posinf=np.inf)
         self.largest[step] = max(self.largest.get(step, 0.0), float(reach))
-        self.blur[step] = max(self.blur.get(step, 0.0), float((error / (size + STEP)).max()))
+        self.blur[step] = max(self.blur.get(step, 0.0), float((error / (size + TINY)).max()))
         return Both(exact, rounded)
 
 

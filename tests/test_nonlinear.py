@@ -1,8 +1,8 @@
 """
 nonlinear.py: each form that MPC affords is near the function it stands for.
 
-In the clear; test_ranges.py holds the same under the engine. Beside a copy of nonlinear.py this file
-runs alone.
+In the clear; test_ranges.py holds the same under the engine. Beside a copy of nonlinear.py this
+file runs alone.
 """
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_every_activation_has_a_secure_form(in_the_clear, name):
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 16, 33])
-@pytest.mark.parametrize("scale", [0.1, 2.0, 30.0])  # 30: hundreds below the largest, beyond the fit
+@pytest.mark.parametrize("scale", [0.1, 2.0, 30.0])  # 30: far beyond the fit
 def test_causal_softmax_by_packing(in_the_clear, T, scale):
     s = scale * normal(3, T, T) / nonlinear.LOGIT_UNIT
     causal = np.tri(T, dtype=bool)
