@@ -105,8 +105,8 @@ one_of(globals(), repr, init_from=("scratch", "resume"), log_to=("", "tensorboar
        dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"))
 within(globals(), eval_interval=(1, MANY), eval_windows=(1, MANY), log_interval=(1, MANY),
        sample_tokens=(0, MANY), batch_size=(1, 2**20), grad_accum=(1, 2**20), max_iters=(0, MANY),
-       lr_decay_iters=(0, MANY), learning_rate=(0, 100), min_lr=(0, 100), warmup=(0, 1),
-       weight_decay=(0, 100), beta1=(0, 1 - 1e-9), beta2=(0, 1 - 1e-9), grad_clip=(0, MANY),
+       lr_decay_iters=(0, MANY), learning_rate=(0, MANY), min_lr=(0, MANY), warmup=(0, 1),
+       weight_decay=(0, MANY), beta1=(0, 1 - 1e-9), beta2=(0, 1 - 1e-9), grad_clip=(0, MANY),
        lambda_entropy=(0, MANY), gamma=(0, 1), threshold_init=(0, 1), seed=(0, 2**63 - 1))
 flags = {key: globals()[key] for key in MODEL_KEYS}
 try:
@@ -198,7 +198,8 @@ if entropy_reg:
     regularizer = EntropyRegularizer(n_layer, n_head, gamma, threshold_init, reduction).to(device)
     groups.append({"params": list(regularizer.parameters()), "weight_decay": 0.0})
 parameters = [p for group in groups for p in group["params"]]
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device != "mps")
+fused = not device.startswith("mps")
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
 step = 0  # steps done
 
 
