@@ -115,7 +115,8 @@ def read_config(name):
         exec(f.read(), {}, flags)
     keys = GPTConfig.__dataclass_fields__
     try:
-        return GPTConfig(**{key: value for key, value in (globals() | flags).items() if key in keys})
+        given = globals() | flags
+        return GPTConfig(**{key: given[key] for key in keys if key in given})
     except ValueError as e:
         die(e, 2)
 
@@ -164,7 +165,7 @@ def describe(model, name, s):
 
 
 def read_results(path):
-    """The results that an earlier run wrote to its --json. ValueError if it didn't write that file."""
+    """The results that an earlier run wrote to its --json. ValueError if that isn't such a file."""
     try:
         with open(path) as f:
             results = load(f)
