@@ -13,7 +13,6 @@ from configurator import configure, die, end_on_signals, one_of, within
 
 end_on_signals()
 
-import os
 import platform
 import statistics
 import time

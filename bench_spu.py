@@ -5,7 +5,7 @@ say what it cost, as the paper's tables do. Both parties on this machine, a proc
 
     python bench_spu.py --ckpt=out/ckpt.pt --prompt="def add(a, b):"
     python bench_spu.py --archs=sm_ln_g,sm_ln_r,sm_scfuffn     # the paper's Table 2, random weights
-    python bench_spu.py --archs=sm_ln_g,sm_scfuffn --n_layer=2 --n_embd=64 --n_head=2 \
+    python bench_spu.py --archs=sm_ln_g,sm_scfuffn --n_layer=2 --n_embd=64 --n_head=2 \\
                         --vocab_size=512 --network=wan         # a toy, on a slow link
     python bench_spu.py --ckpt=out/ckpt.pt --windows=2         # and how far it is from plain
     python bench_spu.py --from_json=results/private_table2.json --chart=table2.png
@@ -13,7 +13,7 @@ say what it cost, as the paper's tables do. Both parties on this machine, a proc
 On two machines, after `python pi_export.py` on the server's, with its public.json on the client's:
 
     python bench_spu.py --role=server --private=out/private --listen=0.0.0.0:9000 --peer=CLIENT:9000
-    python bench_spu.py --role=client --public=public.json --prompt="def add(a, b):" \
+    python bench_spu.py --role=client --public=public.json --prompt="def add(a, b):" \\
                         --listen=0.0.0.0:9000 --peer=SERVER:9000
 
 Each side listens on PORT for SPU's link. The server also listens on PORT + 1, where they greet,
@@ -115,7 +115,8 @@ def read_config(name):
         exec(f.read(), {}, flags)
     keys = GPTConfig.__dataclass_fields__
     try:
-        return GPTConfig(**{key: value for key, value in (globals() | flags).items() if key in keys})
+        given = globals() | flags
+        return GPTConfig(**{key: given[key] for key in keys if key in given})
     except ValueError as e:
         die(e, 2)
 
@@ -164,7 +165,7 @@ def describe(model, name, s):
 
 
 def read_results(path):
-    """The results that an earlier run wrote to its --json. ValueError if it didn't write that file."""
+    """The results that an earlier run wrote to its --json. ValueError if that isn't such a file."""
     try:
         with open(path) as f:
             results = load(f)

@@ -372,10 +372,11 @@ def save_checkpoint(path, model, **rest):
             torch.save(content, file)
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:
-        if os.path.lexists(path + ".tmp"):
-            os.remove(path + ".tmp")
         cause = e if isinstance(e, OSError) else e.__context__  # torch's own error hides the disk's
         raise OSError(f"can't write {path}: {getattr(cause, 'strerror', None) or e}") from e
+    finally:
+        if os.path.lexists(path + ".tmp"):  # not when all went well
+            os.remove(path + ".tmp")
 
 
 def load_checkpoint(path, *needed):

@@ -10,12 +10,11 @@ Config files apply in order, then flags. Writes ckpt.pt and log.jsonl to out_dir
 done, 1 an error named in one line, 2 a bad setting, 3 the loss diverged, 128 + n stopped after
 saving by signal n: Ctrl-C, SIGTERM, SIGHUP, or SIGPIPE where nobody reads the output any more.
 """
-from configurator import configure, die, end_on_signals, on_signals, one_of, setting_names
+from configurator import configure, die, end_on_signals, one_of, setting_names
 from configurator import typed, within
 
 end_on_signals()  # until there is something to save
 
-import json
 import math
 import os
 import platform
@@ -106,8 +105,8 @@ one_of(globals(), repr, init_from=("scratch", "resume"), log_to=("", "tensorboar
        dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"))
 within(globals(), eval_interval=(1, MANY), eval_windows=(1, MANY), log_interval=(1, MANY),
        sample_tokens=(0, MANY), batch_size=(1, 2**20), grad_accum=(1, 2**20), max_iters=(0, MANY),
-       lr_decay_iters=(0, MANY), learning_rate=(0, 100), min_lr=(0, 100), warmup=(0, 1),
-       weight_decay=(0, 100), beta1=(0, 1 - 1e-9), beta2=(0, 1 - 1e-9), grad_clip=(0, MANY),
+       lr_decay_iters=(0, MANY), learning_rate=(0, MANY), min_lr=(0, MANY), warmup=(0, 1),
+       weight_decay=(0, MANY), beta1=(0, 1 - 1e-9), beta2=(0, 1 - 1e-9), grad_clip=(0, MANY),
        lambda_entropy=(0, MANY), gamma=(0, 1), threshold_init=(0, 1), seed=(0, 2**63 - 1))
 flags = {key: globals()[key] for key in MODEL_KEYS}
 try:
@@ -199,7 +198,8 @@ if entropy_reg:
     regularizer = EntropyRegularizer(n_layer, n_head, gamma, threshold_init, reduction).to(device)
     groups.append({"params": list(regularizer.parameters()), "weight_decay": 0.0})
 parameters = [p for group in groups for p in group["params"]]
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=device != "mps")
+fused = not device.startswith("mps")
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
 step = 0  # steps done
 
 

@@ -3,7 +3,7 @@ Train what the paper's tables and figures are about, and tabulate it.
 
     python experiments/reproduce.py                            # all that isn't done yet, hours
     python experiments/reproduce.py --only=architectures,gamma # some of the tables
-    python experiments/reproduce.py --only=none                # tables and pictures of what is there
+    python experiments/reproduce.py --only=none                # tables of what is there
     python experiments/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, into out/reproduce_gpu
     python experiments/reproduce.py --into=results --docs=docs # how results/ and docs/ got theirs
 

@@ -252,7 +252,8 @@ def run_party(s):
     except RuntimeError as e:  # SPU's
         time.sleep(1)  # if another party has died, the thread that watches it says so better
         words = [line.strip() for line in str(e).replace("what:", "").splitlines() if line.strip()]
-        quit_now(f"SPU stopped: {words[0] if words else type(e).__name__}")
+        cure = f" (a step may take {STEP} times --timeout)" if "timeout" in str(e) else ""
+        quit_now(f"SPU stopped: {words[0] if words else type(e).__name__}{cure}")
     sys.stderr.flush()
     # SPU's threads outlive main(), and freeing what they use has ended runs by SIGSEGV.
     os._exit(0)

@@ -22,7 +22,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import configure, die, one_of  # noqa: E402
+from configurator import configure, die, end_on_signals, one_of  # noqa: E402
+
+if __name__ == "__main__":
+    end_on_signals()
+
 from private.meet import host_port, listen_at  # noqa: E402
 
 network = "wan"      # wan | lan

@@ -1,6 +1,6 @@
 """
-What private runs cost, as the paper's tables and as a picture. A result r is an object of the list that
-bench_spu.py writes to --json.
+What private runs cost, as the paper's tables and as a picture. A result r is an object of the list
+that bench_spu.py writes to --json.
 """
 from plot import aligned
 

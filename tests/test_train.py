@@ -378,7 +378,7 @@ DAMAGED = [
       ("settings", "optimizer", "regularizer", "rng", "step", "data_sha256")),
     ({"settings": 5}, "'int' object is not a mapping"),
     ({"settings": {"max_iters": "x"}}, "max_iters must be int"),
-    ({"settings": {"learning_rate": 1e30}}, "learning_rate must be at least 0 and at most 100"),
+    ({"settings": {"learning_rate": 1e30}}, "learning_rate must be at least 0 and at most"),
     ({"step": -1}, "can't be resumed from (ValueError: step -1)"),
     ({"step": "x"}, "can't be resumed from"),
     ({"rng": torch.zeros(3)}, "can't be resumed from"),
