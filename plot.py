@@ -14,7 +14,6 @@ import json
 import math
 import os
 from importlib.util import find_spec
-from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -318,8 +317,9 @@ def draw(runs, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    tags = [f"({letter}) " for letter in ascii_lowercase] if len(runs) > 1 else [""]
-    named = {tag: run for tag, run in zip(tags, runs)}
+    named = {f"({number}) ": run for number, run in enumerate(runs, 1)}
+    if len(runs) == 1:
+        named = {"": runs[0]}
     panels = {"heads": 3.0, "quartiles": 1.9}  # heights in inches
     if any(len(run["history"]) > 1 for run in runs):
         panels["history"] = 2.3
