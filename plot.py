@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from data.prepare import open_dataset
+from data.dataset import open_dataset
 from entropy import max_causal_entropy, quartile_distribution
 from model import GPT, load_checkpoint
 

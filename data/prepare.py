@@ -1,359 +1,241 @@
 """
-Turn a corpus into data/<name>/: train.bin and val.bin (uint16 tokens), tokenizer.json and meta.json.
+Turn a corpus into data/<name>/: train.bin and val.bin (uint16 tokens), tokenizer.json, meta.json.
 
     python data/prepare.py                                             # pycode, the default
-    python data/prepare.py --corpus=codeparrot                         # the paper's, from the Hugging Face hub
+    python data/prepare.py --corpus=codeparrot                         # the paper's, from the hub
     python data/prepare.py --corpus=codeparrot --piece=256 --name=codeparrot_t256
-    python data/prepare.py --corpus=languini                           # books (PG-19), 16,384 tokens from WikiText
-    python data/prepare.py --name=mine --train_source=~/notes          # any folder of text, or a datasets file
+    python data/prepare.py --corpus=languini                           # books, 16,384 tokens
+    python data/prepare.py --name=mine --train_source=~/notes          # any folder of text
 
-- pycode: the Python files of the running interpreter's standard library and installed packages, without
-  duplicates, generated files and files out of 256 B .. 200 KB; 5% of the files, by content hash, for validation.
-- A source is a file or folder (text files, one document each; or .json, .jsonl, .csv, .parquet, .arrow read by
-  `datasets` with the text in `column`), or a hub id, `id:config` where it has several configurations.
-- The tokenizer is trained (byte-level BPE, rustbpe) or converted (a Hugging Face byte-level tokenizer.json, as a
-  file, folder or hub id; or the name of a tiktoken encoding); either way it is used through tiktoken.
+- pycode: the Python files of the running interpreter's standard library and installed packages,
+  without duplicates, generated files and files out of 256 B .. 200 KB; 5% of the files, by content
+  hash, for validation.
+- A source is a file or folder (UTF-8 text, one document a file, gzipped or not; or .json, .jsonl,
+  .csv, .parquet, .arrow, which `datasets` reads, with the text in `column`), or a hub id,
+  `id:config` where it has several configurations.
+- The tokenizer is trained (byte-level BPE, rustbpe) or converted (a Hugging Face byte-level
+  tokenizer.json, as a file, folder or hub id; or the name of a tiktoken encoding); either way
+  tiktoken runs it.
 
-Everything is written under a temporary name and renamed when whole; run again, it does nothing. The same files
-give the same bins, and meta.json holds their hash.
+Everything is written under a temporary name and renamed when whole; run again, it does nothing. The
+same files give the same bins, and meta.json holds their hash.
 """
-import base64
-import hashlib
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configurator import configure, die, end_on_signals, on_signals, one_of, within
+
+if __name__ == "__main__":
+    end_on_signals()  # before the heavy imports
+
+import fcntl
 import json
 import os
 import shutil
-import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+import signal
 from itertools import islice
-from pathlib import Path
 
-import numpy as np
-import tiktoken
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import configure, die, one_of
+from data.dataset import hash_bins, map_bins, open_dataset, write_bin  # noqa: F401
+from data.sources import digest, python_files, read_source
+from data.tokenizer import EOT, convert_tokenizer, load_tokenizer, train_tokenizer
 
 corpus = "pycode"     # pycode, codeparrot, languini, or own: fills the settings left empty below
 name = ""             # folder under data_dir; the corpus's name if empty
 data_dir = ""         # where datasets lie; this script's folder if empty
 train_source = ""     # where training documents come from (see above)
-val_source = ""       # validation documents; if empty, 5% of the training documents by content hash
+val_source = ""       # validation documents; if empty, 5% of the training documents by hash
 column = ""           # the text column of a datasets source
 tokenizer = ""        # "train", or a tokenizer to convert
 tokenizer_source = ""  # documents to train the tokenizer on; the training documents if empty
 vocab_size = 0        # tokens of a trained tokenizer, the end-of-text token included
-piece = -1            # > 0: cut documents to whole pieces of this many tokens, drop the rest; 0: one stream, <|endoftext|> between
+piece = -1            # > 0: cut documents into pieces of so many tokens; 0: end each with EOT
 
 RECIPES = {
     "pycode": dict(tokenizer="train", vocab_size=4096, piece=0),
     "own": dict(column="text", tokenizer="train", vocab_size=4096, piece=0),
-    "codeparrot": dict(train_source="huggingface-course/codeparrot-ds-train", val_source="huggingface-course/codeparrot-ds-valid",
-                       column="content", tokenizer="huggingface-course/code-search-net-tokenizer", piece=128),
-    # Languini's books3 is no longer distributed, and its vocabulary is SentencePiece: PG-19 and our BPE stand in
-    "languini": dict(train_source="emozilla/pg19", val_source="emozilla/pg19", column="text", tokenizer="train", vocab_size=16384, piece=0,
-                     tokenizer_source="Salesforce/wikitext:wikitext-103-raw-v1"),
+    "codeparrot": dict(
+        train_source="huggingface-course/codeparrot-ds-train",
+        val_source="huggingface-course/codeparrot-ds-valid", column="content",
+        tokenizer="huggingface-course/code-search-net-tokenizer", piece=128),
+    # Languini's books3 is no longer distributed, and its vocabulary is SentencePiece: PG-19 and our
+    # BPE stand in.
+    "languini": dict(
+        train_source="emozilla/pg19", val_source="emozilla/pg19", column="text",
+        tokenizer_source="Salesforce/wikitext:wikitext-103-raw-v1",
+        tokenizer="train", vocab_size=16384, piece=0),
 }
-EOT = "<|endoftext|>"
-VAL_SHARE = 0.05      # of documents, by hash, where the corpus has no validation set
-BPE_SAMPLE = 32e6     # characters the tokenizer is trained on: more changes few merges and costs seconds
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own split
+VAL_SHARE = 0.05  # of documents, by hash, where the corpus has no validation set
+LARGEST_VOCABULARY = 2**16  # of uint16 tokens
 
 
-# ---------------------------------------------------------------------------------------------- documents
-def python_files():
-    """The documents (bytes) of pycode, and counts of what was dropped."""
-    base = Path(sysconfig.get_path("stdlib"))
-    packages = {Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")}
-    # inside a virtual environment the standard library's own site-packages belong to another interpreter
-    paths = {p for p in base.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.relative_to(base).parts)}
-    for folder in packages:
-        paths.update(folder.rglob("*.py"))
-
-    def read(path):
-        try:
-            return path.read_bytes()
-        except OSError:
-            return b""
-
-    documents, dropped = {}, dict(small=0, large=0, generated=0, not_utf8=0, duplicate=0)
-    with ThreadPoolExecutor() as pool:
-        for text in tqdm(pool.map(read, sorted(paths)), total=len(paths), desc="read files", unit="file", mininterval=1):
-            head = text[:1000].lower()
-            why = ("small" if len(text) < 256 else "large" if len(text) > 200_000 else
-                   "generated" if b"do not edit" in head or b"generated by" in head or b"automatically generated" in head else "")
-            if not why:
-                try:
-                    text.decode()
-                    why = "duplicate" if digest(text) in documents else ""
-                except UnicodeDecodeError:
-                    why = "not_utf8"
-            if why:
-                dropped[why] += 1
-            else:
-                documents[digest(text)] = text
-    # in the order of their hashes: a shuffle that doesn't depend on where the files lie
-    return [documents[key].decode() for key in sorted(documents)], dropped
-
-
-def digest(text):
-    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).digest()
-
-
-def read_source(source, column, split, flag):
-    """Documents of a file, folder or hub dataset, as a sequence of str; a table's holes are None. `flag` is the setting it came from, for the message."""
-    path = Path(source).expanduser()
-    if path.exists():
-        files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
-        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path.parent).parts)]
-        tables = [p for p in files if p.suffix in (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")]
-        texts = [p for p in files if p not in tables and not p.name.lower().startswith("readme")]  # a downloaded dataset brings its README
-        if not files or (tables and texts):
-            die(f"{path} holds " + (f"both {tables[0].name} and {texts[0].name}: datasets files and text files need folders of their own"
-                                    if files else "no files"))
-        if not tables:
-            return [text for text in (p.read_text(encoding="utf-8", errors="replace") for p in files) if text.strip()]
-        tables = [p for p in tables if split[:5] in p.name] or tables  # a dataset's own split, where the names tell
-        kind = {".jsonl": "json", ".gz": "json", ".zst": "json"}.get(tables[0].suffix, tables[0].suffix[1:])
-        request = dict(path=kind, data_files=[str(p) for p in tables], split="train")
-    elif source.startswith((".", "/", "~")):
-        die(f"no file or folder {source}")
-    else:
-        hub_id, _, config = source.partition(":")
-        request = dict(path=hub_id, name=config or None, split=split)
-    import datasets  # slow to import, and pycode does without
-    try:
-        rows = datasets.load_dataset(**request)
-    except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else ""
-        die(f"cannot load {source} ({type(e).__name__}: {reason}). If this machine cannot reach the hub, download the dataset "
-            f"elsewhere and pass its folder: --{flag}=FOLDER")
-    if column not in rows.column_names:
-        die(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}: set --column")
-    if getattr(rows.features[column], "dtype", "") not in ("string", "large_string"):
-        die(f"column {column!r} of {source} holds {rows.features[column]}, not text: set --column")
-    return rows[column]
-
-
-# ---------------------------------------------------------------------------------------------- tokenizers
-def load_tokenizer(spec):
-    """A tiktoken.Encoding from what tokenizer.json holds (a path to it, or its dict, as checkpoints carry it)."""
-    if not isinstance(spec, dict):
-        with open(spec) as f:
-            spec = json.load(f)
-    ranks = {base64.b64decode(token): rank for token, rank in spec["ranks"].items()}
-    return tiktoken.Encoding("corpus", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special"])
-
-
-def tokenizer_spec(pattern, ranks, special):
-    return {"pattern": pattern, "special": special, "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks.items()}}
-
-
-def train_tokenizer(documents, size):
-    """Byte-level BPE of size - 1 tokens and EOT, trained on BPE_SAMPLE characters of documents."""
-    import rustbpe
-    if size < 257:
-        die(f"vocab_size must be at least 257 (256 bytes and {EOT}), and is {size}")
-
-    def sample():
-        seen = 0
-        for text in documents:
-            yield text or ""
-            seen += len(text or "")
-            if seen > BPE_SAMPLE:
-                return
-
-    bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(sample(), size - 1)
-    ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
-    return tokenizer_spec(bpe.get_pattern(), ranks, {EOT: len(ranks)})
-
-
-def convert_tokenizer(source):
-    """A tiktoken encoding by its name, or a Hugging Face byte-level BPE tokenizer.json, as our spec."""
-    if source in tiktoken.list_encoding_names():
-        try:
-            encoding = tiktoken.get_encoding(source)
-        except Exception as e:
-            die(f"tiktoken could not download its encoding {source!r} ({type(e).__name__}): train one with --tokenizer=train, "
-                f"or pass a tokenizer.json")
-        return tokenizer_spec(encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
-    path = Path(source).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.exists():
-        from huggingface_hub import hf_hub_download
-        try:
-            path = Path(hf_hub_download(source, "tokenizer.json"))
-        except Exception as e:
-            die(f"no file {source}, and the hub did not give {source}'s tokenizer.json ({type(e).__name__}): download it "
-                f"elsewhere and pass --tokenizer=PATH")
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        model, split = spec.get("model", {}), spec.get("pre_tokenizer") or {}
-        if model.get("type") != "BPE" or split.get("type") != "ByteLevel" or split.get("add_prefix_space"):
-            die(f"{path} is not a byte-level BPE tokenizer without prefix space, the only kind that tiktoken can stand in for")
-        # ByteLevel writes each byte as a printable character: itself where printable, else the next one from 256 on
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
-        special = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-        ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        order = [model["vocab"]["".join(merge)] for merge in merges]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        die(f"{path} is not a whole byte-level BPE tokenizer.json ({type(e).__name__}: {e})")
-    if order != sorted(order):  # tiktoken merges by token id, so the ids must be in the order of the merges
-        die(f"{path}: its token ids are not in the order of its merges, so tiktoken would tokenize differently")
-    if EOT not in special:
-        die(f"{path} has no {EOT} token")
-    return tokenizer_spec(GPT2_PATTERN, ranks, special)
-
-
-# ---------------------------------------------------------------------------------------------- bins
-def write_bin(path, documents, encoding, piece):
-    """Tokenize documents (a sequence of str), in parallel and in order, into uint16 tokens at path. Returns (tokens, utf-8 bytes)."""
-    tokens = size = 0
-    end = [encoding.encode_single_token(EOT)]
-    todo = iter(documents)
-    with open(path, "wb") as f, tqdm(total=len(documents), desc=f"tokenize {Path(path).stem}", unit="doc", mininterval=1) as bar:
-        while batch := list(islice(todo, 512)):
-            batch = [text for text in batch if text is not None]
-            for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
-                ids = ids[:len(ids) // piece * piece] if piece else ids + end
-                np.array(ids, dtype=np.uint16).tofile(f)
-                tokens += len(ids)
-            size += sum(len(text.encode()) for text in batch)
-            bar.update(len(batch))
-    if not tokens:
-        die(f"{Path(path).stem}: not one token" + (f", as no document has {piece}: set a smaller --piece" if piece else ""))
-    return tokens, size
-
-
-def need_disk(folder, size):
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        die(f"{folder} has {free / 1e9:.1f} GB free and this corpus may need {size / 1e9:.1f} GB: free some space, or set --data_dir")
-
-
-def open_dataset(data_dir, dataset, block_size):
-    """
-    What main() wrote into data_dir/dataset: (train tokens, val tokens, meta.json, tokenizer.json, its tokenizer), the tokens as memory maps.
-    Ends the program with one line if it is missing, damaged, or of no use to a model of block_size.
-    """
-    folder = os.path.join(data_dir, dataset)
-    if not os.path.exists(os.path.join(folder, "meta.json")):
-        where = "" if data_dir == "data" else f" --data_dir={data_dir}"
-        if dataset.split("_")[0] in ("codeparrot", "languini"):
-            piece = f" --piece={block_size} --name={dataset}" if dataset.startswith("codeparrot_") else ""
-            die(f"no dataset in {folder}: run python data/prepare.py --corpus={dataset.split('_')[0]}{piece}{where} on a machine "
-                f"that reaches the Hugging Face hub, and copy {folder} here if that is another one")
-        die(f"no dataset in {folder}: prepare your own text with python data/prepare.py --name={dataset} --train_source=FOLDER{where}")
-    try:
-        meta, spec = (json.load(open(os.path.join(folder, f))) for f in ("meta.json", "tokenizer.json"))
-        train, val = (np.memmap(os.path.join(folder, f"{part}.bin"), dtype=np.uint16, mode="r") for part in ("train", "val"))
-        sizes = len(train), len(val)
-        told, _ = (meta["train_tokens"], meta["val_tokens"]), (meta["piece"], meta["vocab_size"], meta["sha256"])
-        if sizes != told:
-            raise ValueError(f"meta.json tells of {told} tokens, the bins hold {sizes}")
-        encoding = load_tokenizer(spec)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        die(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete that folder and prepare it again")
-    if meta["piece"] not in (0, block_size):
-        die(f"{folder} is cut into pieces of {meta['piece']} tokens and block_size is {block_size}: prepare it with --piece={block_size}")
-    least = block_size + (not meta["piece"])  # a piece has no next token
-    if min(sizes) < least:
-        die(f"{folder} has a part of only {min(sizes)} tokens, and one window takes {least}: prepare more text")
-    return train, val, meta, spec, encoding
-
-
-def main():
-    global name
+# ---------------------------------------------------------------------------------- settings
+def complete_settings():
+    """Fill the settings from the command line and the recipe; exit with a line if they can't be."""
+    global corpus, name
     given = configure(globals())
     if train_source and "corpus" not in given:
-        given["corpus"] = globals()["corpus"] = "own"
+        corpus = "own"
     one_of(globals(), corpus=RECIPES)
+    recipe = dict(RECIPES[corpus])
     if "train_source" in given:
-        given.setdefault("val_source", "")  # own documents are not validated on the recipe's
-    globals().update({k: v for k, v in RECIPES[corpus].items() if k not in given})
-    if piece < 0:
-        die(f"piece must be at least 0, and is {piece}", 2)
+        recipe.pop("val_source", None)  # own documents are not validated on the recipe's
+    globals().update({key: value for key, value in recipe.items() if key not in given})
     if corpus == "own" and not (train_source and name):
         die("your own text needs --train_source=FOLDER and --name=NAME", 2)
     if corpus == "pycode" and {"train_source", "val_source", "column"} & given.keys():
         die("pycode has its own source: leave out --corpus to prepare your own text", 2)
+    smallest = 257 if tokenizer == "train" else 0  # 256 bytes and EOT
+    within(globals(), piece=(0, 2**31), vocab_size=(smallest, LARGEST_VOCABULARY))
     name = name or corpus
     if name != os.path.basename(name) or name in (".", ".."):
         die(f"name must be a folder's name without slashes, and is {name!r}", 2)
+
+
+def recipe_of_settings():
+    """The settings that the files depend on, for meta.json."""
+    keys = ("corpus", "train_source", "val_source", "column", "tokenizer", "tokenizer_source",
+            "vocab_size", "piece")
+    return {key: globals()[key] for key in keys}
+
+
+# ---------------------------------------------------------------------------------- files
+def is_prepared(folder, recipe):
+    """Whether folder is there, made by this recipe. ValueError if it holds anything else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "meta.json").exists():
+        raise ValueError(f"{folder} holds other files: choose another --name, or empty it yourself")
+    try:
+        old = json.loads((folder / "meta.json").read_text())["recipe"]
+        changed = [f"{key}={old.get(key)!r}" for key in recipe if old.get(key) != recipe[key]]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder}/meta.json is damaged: delete {folder} and run again") from e
+    if changed:
+        raise ValueError(f"{folder} exists, made with {', '.join(changed)}: delete it, or choose "
+                         "another --name")
+    return True
+
+
+@contextmanager
+def half_made(folder):
+    """A hidden folder, which becomes `folder` if all goes well and else vanishes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = folder.parent / f".{folder.name}.part"  # beside it, so that the rename is one step
+    hidden.mkdir(exist_ok=True)
+    lock = os.open(hidden, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"another prepare.py is making {folder}: wait for it") from None
+    try:
+        for left in hidden.iterdir():  # by a run that was killed
+            left.unlink()
+        yield hidden
+        os.rename(hidden, folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.close(lock)
+
+
+def need_disk(folder, size):
+    """ValueError unless folder's disk has size bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and this corpus may need "
+                         f"{size / 1e9:.1f} GB: free some space, or set --data_dir")
+
+
+# ---------------------------------------------------------------------------------- documents
+def read_parts(root):
+    """
+    ({"train": documents, "val": documents}, how many files were left out for what).
+
+    ValueError if one of them is empty, both are the same, or root has no place for their tokens.
+    """
+    if corpus == "pycode":
+        documents, dropped = python_files()
+    else:
+        documents, dropped = read_source(train_source, column, "train", "train_source")
+    sample = [len(text or "") for text in islice(iter(documents), 1000)]
+    need_disk(root, len(documents) * sum(sample) / max(1, len(sample)))
+    if val_source:
+        val, _ = read_source(val_source, column, "validation", "val_source")
+        parts = {"train": documents, "val": val}
+    else:
+        is_val = [share_of(text) < VAL_SHARE for text in documents]
+        parts = {"train": [text for text, val in zip(documents, is_val) if not val],
+                 "val": [text for text, val in zip(documents, is_val) if val]}
+    for part, texts in parts.items():
+        if not len(texts):
+            raise ValueError(f"{train_source or corpus}: no document for {part}; give more "
+                             "documents, or a --val_source")
+    train, val = parts.values()
+    if len(train) == len(val) and (train[0], train[-1]) == (val[0], val[-1]):
+        die(f"train_source and val_source are the same text, {val_source}: validating on training "
+            "text says nothing", 2)
+    return parts, dropped
+
+
+def share_of(text):
+    """A number in [0, 1) that depends on the text alone: 32 bits of its hash."""
+    return int.from_bytes(digest(text or "")[-4:], "big") / 2**32
+
+
+def make_tokenizer(documents):
+    """The tokenizer's spec, as data/tokenizer.py has it, trained on documents or converted."""
+    if tokenizer != "train":
+        return convert_tokenizer(tokenizer)
+    print(f"training a tokenizer of {vocab_size} tokens", flush=True)
+    if tokenizer_source:
+        documents, _ = read_source(tokenizer_source, "text", "train", "tokenizer_source")
+    return train_tokenizer(documents, vocab_size)
+
+
+def write_dataset(folder, recipe):
+    """Make the dataset's four files in folder, an empty one. Returns what meta.json says."""
+    parts, dropped = read_parts(folder.parent)
+    spec = make_tokenizer(parts["train"])
+    encoding = load_tokenizer(spec)
+    if encoding.n_vocab > LARGEST_VOCABULARY:
+        raise ValueError(f"a vocabulary of {encoding.n_vocab} does not fit into uint16 tokens "
+                         "(65,536 at most)")
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    meta = dict(name=name, recipe=recipe, vocab_size=encoding.n_vocab, piece=piece)
+    for part, texts in parts.items():
+        tokens, size = write_bin(folder / f"{part}.bin", texts, encoding, piece)
+        meta |= {f"{part}_documents": len(texts), f"{part}_bytes": size, f"{part}_tokens": tokens}
+    if dropped:
+        meta["dropped_files"] = dropped
+    meta["sha256"] = hash_bins(map_bins(folder))
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    return meta
+
+
+def stop(number, frame):
+    on_signals(signal.SIG_IGN)  # what is half-made is removed on the way out, undisturbed
+    die("stopped; nothing half-made is left", 128 + number)
+
+
+def main():
+    complete_settings()
+    on_signals(stop)
     root = Path(data_dir).expanduser() if data_dir else Path(__file__).resolve().parent
-    folder = root / name
-    recipe = dict(corpus=corpus, train_source=train_source, val_source=val_source, column=column, tokenizer=tokenizer,
-                  tokenizer_source=tokenizer_source, vocab_size=vocab_size, piece=piece)
-    if (folder / "meta.json").exists():
-        try:
-            old = json.loads((folder / "meta.json").read_text())["recipe"]
-        except (ValueError, KeyError, TypeError):
-            die(f"{folder}/meta.json is damaged: delete {folder} and run again")
-        changed = [f"{k}={old.get(k)!r}" for k in recipe if old.get(k) != recipe[k]]
-        if changed:
-            die(f"{folder} exists, made with {', '.join(changed)}: delete it, or choose another --name")
+    folder, recipe = root / name, recipe_of_settings()
+    if is_prepared(folder, recipe):
         print(f"{folder} is there already, nothing to do")
         return
-    if folder.exists() and any(folder.iterdir()):
-        die(f"{folder} holds other files: choose another --name, or empty it yourself")
-
-    extra = {}
-    if corpus == "pycode":
-        documents, extra["dropped_files"] = python_files()
-    else:
-        documents = read_source(train_source, column, "train", "train_source")
-    root.mkdir(parents=True, exist_ok=True)
-    sample = list(islice(iter(documents), 1000))
-    need_disk(root, len(documents) * sum(len(text or "") for text in sample) / max(1, len(sample)))
-    if val_source:
-        parts = {"train": documents, "val": read_source(val_source, column, "validation", "val_source")}
-    else:  # 32 bits of the hash as a number in [0, 1)
-        is_val = [int.from_bytes(digest(text or "")[-4:], "big") / 2**32 < VAL_SHARE for text in documents]
-        parts = {"train": [t for t, v in zip(documents, is_val) if not v], "val": [t for t, v in zip(documents, is_val) if v]}
-    for part in parts:
-        if not len(parts[part]):
-            die(f"{train_source or corpus}: no document for {part}; give more documents, or a --val_source")
-    a, b = parts.values()
-    if len(a) == len(b) and (a[0], a[-1]) == (b[0], b[-1]):
-        die(f"train_source and val_source are the same text, {val_source}: validating on training text says nothing", 2)
-
-    if tokenizer == "train":
-        print(f"training a tokenizer of {vocab_size} tokens", flush=True)
-        spec = train_tokenizer(read_source(tokenizer_source, "text", "train", "tokenizer_source") if tokenizer_source else parts["train"], vocab_size)
-    else:
-        spec = convert_tokenizer(tokenizer)
-    encoding = load_tokenizer(spec)
-    if encoding.n_vocab > 2**16:
-        die(f"a vocabulary of {encoding.n_vocab} does not fit into uint16 tokens (65,536 at most)")
-
-    tmp = root / f".{name}.{os.getpid()}"  # beside the folder it becomes, so that the rename is one step
-    try:
-        tmp.mkdir()
-        (tmp / "tokenizer.json").write_text(json.dumps(spec))
-        counts, sha = {}, hashlib.sha256()
-        for part, texts in parts.items():
-            tokens, size = write_bin(tmp / f"{part}.bin", texts, encoding, piece)
-            counts |= {f"{part}_documents": len(texts), f"{part}_bytes": size, f"{part}_tokens": tokens}
-            with open(tmp / f"{part}.bin", "rb") as f:
-                while block := f.read(1 << 24):
-                    sha.update(block)
-        meta = dict(name=name, recipe=recipe, vocab_size=encoding.n_vocab, piece=piece, **counts, **extra, sha256=sha.hexdigest())
-        (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-        os.rename(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens from "
-          f"{meta['train_documents'] + meta['val_documents']:,} documents, vocabulary {meta['vocab_size']}, sha256 {meta['sha256'][:16]}")
+    with half_made(folder) as hidden:
+        meta = write_dataset(hidden, recipe)
+    documents = meta["train_documents"] + meta["val_documents"]
+    print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
+          f"tokens from {documents:,} documents, vocabulary {meta['vocab_size']}, "
+          f"sha256 {meta['sha256'][:16]}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except OSError as e:  # no permission, no space left
+    except (OSError, ValueError) as e:
         die(f"can't prepare {name or corpus}: {e}")
-    except KeyboardInterrupt:
-        die("stopped; nothing half-made is left", 130)
