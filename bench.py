@@ -1,13 +1,18 @@
 """
-How fast this machine trains: tokens/s, milliseconds a step, model FLOPs against the machine's own matmul peak, peak memory.
+How fast this machine trains: tokens/s, milliseconds a step, model FLOPs against the machine's own
+matmul peak, peak memory.
 
-    python bench.py                                            # the default scale, T = 128, 512, 2048
-    python bench.py --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50304 --tokens=32768 --json=results/speed_gpu.json   # GPT-2 small
+    python bench.py                     # the default scale, T = 128, 512, 2048
+    python bench.py --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50304 --tokens=32768
 
-A step is train.py's: forward, backward, clipping, fused AdamW; on random tokens. The cases of one T run in turn, so that a ratio
-between them is of one run. "explicit" is attention and then its entropy, by the textbook; without it, what model.py does.
+A step is train.py's: forward, backward, clipping, fused AdamW; on random tokens. The cases of one
+T run in turn, so that a ratio between them is of one run. "EReg, explicit" makes attention and then
+its entropy, as the textbook does; "EReg" is what model.py does.
 """
-import os
+from configurator import configure, die, end_on_signals, one_of, within
+
+end_on_signals()
+
 import platform
 import statistics
 import time
@@ -18,23 +23,32 @@ import torch
 
 import entropy
 import model as gpt
-from configurator import configure, die, one_of
+from machine import choose_machine
 
 block_sizes = "128,512,2048"  # context lengths
-tokens = 2048        # a step; at least one sequence
-rounds = 30          # timed steps of every case, in turn
+tokens = 2048  # a step; at least one sequence
+rounds = 30  # timed steps of every case, in turn
 n_layer = 6
 n_head = 6
 n_embd = 192
 vocab_size = 4096
-device = "auto"      # auto | cpu | cuda
-dtype = "auto"       # auto (bfloat16 on CUDA, and on a CPU with AMX or AVX512-BF16) | float32 | bfloat16
-compile = "auto"     # auto (on CUDA) | yes | no
-json = ""            # write the rows here as well
+device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # auto | float32 | bfloat16: type of the matrix products
+compile = "auto"  # auto (on CUDA) | yes | no
+json = ""  # write the rows here as well
 
 SCALED = dict(use_layernorm=False, use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True)
-WARM = dict(SCALED, learnable_temperature=True)
-CASES = {"SM+LN+G": {}, "SM+ScFuFFN": SCALED, "SM(t)+ScFuFFN": WARM, "EReg, explicit": WARM, "EReg": WARM}
+WARM = SCALED | {"learnable_temperature": True}
+CASES = {"SM+LN+G": {}, "SM+ScFuFFN": SCALED, "SM(t)+ScFuFFN": WARM, "EReg, explicit": WARM,
+         "EReg": WARM}
+WITHOUT_ENTROPY = "SM(t)+ScFuFFN"  # what EReg's step is compared with
+WARM_UP = 3  # steps of every case that are not timed
+LAMBDA_ENTROPY = 0.164  # train.py's
+
+
+def textbook(q, k, v, block_mask):
+    """attention_with_entropy() the explicit way, in float32."""
+    return entropy.explicit_attention_with_entropy(q.float(), k.float(), v.float())
 
 
 def timed(function):
@@ -46,30 +60,51 @@ def timed(function):
     return time.perf_counter() - start
 
 
-def peak_memory(reset=False):
-    """Bytes: the GPU's most since the last reset, or the process's on Linux, the models of all cases included."""
+def reset_peak_memory():
     if device == "cuda":
-        return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated()
-    with open("/proc/self/clear_refs" if reset else "/proc/self/status", "w" if reset else "r") as f:
-        return f.write("5") if reset else 1024 * next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def peak_memory():
+    """Bytes since the last reset: the GPU's, or the whole process's on Linux."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def matmul_peak():
+    """FLOP/s of one large square product, the best of many."""
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=matmul_dtype)
+    return 2 * n**3 / min(timed(lambda: a @ a) for _ in range(100))
 
 
 def make_step(case, T):
     """(one training step, its tokens, its model FLOPs: 6 N + 12 L T d a token)."""
     torch.manual_seed(0)
-    model = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, **CASES[case])).to(device)
-    regularizer = entropy.EntropyRegularizer(n_layer, n_head).to(device) if case.startswith("EReg") else None
-    parameters = [*model.parameters(), *(regularizer.parameters() if regularizer else ())]
+    config = gpt.GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                           n_embd=n_embd, **CASES[case])
+    model = gpt.GPT(config).to(device)
+    parameters, regularizer = [*model.parameters()], None
+    if case.startswith("EReg"):
+        regularizer = entropy.EntropyRegularizer(n_layer, n_head).to(device)
+        parameters += regularizer.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    forward = torch.compile(model) if compile == "yes" else model
-    attention = (lambda q, k, v, _: entropy.explicit_attention_with_entropy(q.float(), k.float(), v.float())) if "explicit" in case else entropy.attention_with_entropy
+    forward = torch.compile(model) if compiled else model
     x = torch.randint(vocab_size, (max(1, tokens // T), T), device=device)
+    autocast = nullcontext()
+    if matmul_dtype == torch.bfloat16:
+        autocast = torch.autocast(device, torch.bfloat16)
 
     def step():
-        gpt.attention_with_entropy = attention
-        with torch.autocast(device, torch.bfloat16) if matmul_dtype == torch.bfloat16 else nullcontext():
-            _, loss, e = forward(x, x, return_entropy=bool(regularizer))
-            loss = loss + 0.164 * regularizer(e) if regularizer else loss
+        with autocast:
+            _, loss, e = forward(x, x, return_entropy=regularizer is not None)
+            if regularizer:
+                loss = loss + LAMBDA_ENTROPY * regularizer(e)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -79,43 +114,68 @@ def make_step(case, T):
     return step, x.numel(), x.numel() * (6 * N + 12 * n_layer * T * n_embd)
 
 
-configure(globals())
-device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-    die(f"device {device!r} can't be used here: cpu or, with an NVIDIA GPU, cuda", 2)
-one_of(globals(), dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"))
-try:
-    lengths = [int(T) for T in block_sizes.split(",")]
-    gpt.GPTConfig(min(lengths), vocab_size, n_layer, n_head, n_embd)
-except ValueError as e:
-    die(f"--block_sizes={block_sizes} or the model's shape can't be: {e}", 2)
-if rounds < 1 or json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(json) or ".")):
-    die("rounds must be at least 1, and json a file in a folder that exists", 2)
-matmul_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and (device == "cuda" or gpt.cpu_bf16_unit()) else torch.float32
-compile = "yes" if compile == "yes" or compile == "auto" and device == "cuda" else "no"
-torch.set_float32_matmul_precision("high")
-torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, and says nothing
-a = torch.randn((n := 8192 if device == "cuda" else 1024), n, device=device, dtype=matmul_dtype)
-peak = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(100))
-name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads, not run on a GPU"
-machine = f"{name}, torch {torch.__version__}, {str(matmul_dtype)[6:]} matmuls, {'compiled' if compile == 'yes' else 'eager'}, peak {peak / 1e12:.2f} TFLOP/s"
-print(f"{machine}; {n_layer} layers, {n_head} heads, width {n_embd}, vocabulary {vocab_size}\n"
-      f"{'case':<16}{'T':>6}{'tokens/s':>12}{'ms a step':>12}{'of peak':>10}{'memory GB':>11}{'against no entropy':>20}")
-rows = []
-for T in lengths:
-    cases, memory, seconds = {case: make_step(case, T) for case in CASES}, {}, {case: [] for case in CASES}
-    for _ in range(rounds + 3):  # the first three warm up
-        for case, (step, *_) in cases.items():
-            peak_memory(reset=True)
+def measure(T):
+    """Rows of the table for context length T: every case, step by step in turn."""
+    cases = {case: make_step(case, T) for case in CASES}
+    seconds, memory = {case: [] for case in CASES}, {}
+    for _ in range(WARM_UP + rounds):
+        for case, (step, _, _) in cases.items():
+            gpt.attention_with_entropy = entropy.attention_with_entropy
+            if case == "EReg, explicit":
+                gpt.attention_with_entropy = textbook
+            reset_peak_memory()
             seconds[case].append(timed(step))
             memory[case] = peak_memory()
     for case, (_, n, flops) in cases.items():
-        s = statistics.median(seconds[case][3:])
-        ratio = statistics.median(a / b for a, b in zip(seconds[case][3:], seconds["SM(t)+ScFuFFN"][3:])) if case.startswith("EReg") else None
-        rows.append({"case": case, "T": T, "tokens_per_s": n / s, "ms_per_step": 1e3 * s, "share_of_peak": flops / s / peak,
-                     "peak_memory_bytes": memory[case], "step_against_no_entropy": ratio, "seconds": seconds[case][3:]})
-        print(f"{case:<16}{T:>6}{n / s:>12,.0f}{1e3 * s:>12.1f}{flops / s / peak:>10.1%}{memory[case] / 1e9:>11.2f}"
-              f"{f'{ratio:.2f}x' if ratio else '':>20}", flush=True)
+        own, other = seconds[case][WARM_UP:], seconds[WITHOUT_ENTROPY][WARM_UP:]
+        s, ratio = statistics.median(own), None
+        if case.startswith("EReg"):
+            ratio = statistics.median(a / b for a, b in zip(own, other))
+        yield {"case": case, "T": T, "tokens_per_s": n / s, "ms_per_step": 1e3 * s,
+               "share_of_peak": flops / s / peak, "peak_memory_bytes": memory[case],
+               "step_against_no_entropy": ratio, "seconds": own}
+
+
+def line(r):
+    ratio = f"{r['step_against_no_entropy']:.2f}x" if r["step_against_no_entropy"] else ""
+    return (f"{r['case']:<16}{r['T']:>6}{r['tokens_per_s']:>12,.0f}{r['ms_per_step']:>12.1f}"
+            f"{r['share_of_peak']:>10.1%}{r['peak_memory_bytes'] / 1e9:>11.2f}{ratio:>20}")
+
+
+configure(globals())
+one_of(globals(), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"),
+       compile=("auto", "yes", "no"))
+within(globals(), tokens=(1, 2**30), rounds=(1, 10**6))
+if device == "auto" and not torch.cuda.is_available():
+    device = "cpu"  # Apple's GPU has no peak memory to tell
+try:
+    lengths = [int(T) for T in block_sizes.split(",")]
+    for T in lengths:
+        gpt.GPTConfig(T, vocab_size, n_layer, n_head, n_embd)
+    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
+except ValueError as e:
+    die(e, 2)
+try:
+    if json:  # what can't be written is found before the measurement
+        open(json, "a").close()
+except OSError as e:
+    die(f"json must be a file in a folder that exists: can't write {json}: {e.strerror}", 2)
+torch.set_float32_matmul_precision("high")
+torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, silently
+peak = matmul_peak()
+not_on_gpu = "" if device == "cuda" else ", not run on a GPU"
+machine = (f"{platform.machine()}, {machine}, torch {torch.__version__}{not_on_gpu}, "
+           f"peak {peak / 1e12:.2f} TFLOP/s")
+print(f"{machine}; {n_layer} layers, {n_head} heads, width {n_embd}, vocabulary {vocab_size}")
+print(f"{'case':<16}{'T':>6}{'tokens/s':>12}{'ms a step':>12}{'of peak':>10}{'memory GB':>11}"
+      f"{'against no entropy':>20}")
+rows = []
+for T in lengths:
+    for row in measure(T):
+        rows.append(row)
+        print(line(row), flush=True)
 if json:
-    with open(json, "w") as f:
-        dump({"machine": machine, "settings": {k: globals()[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size", "tokens")}, "rows": rows}, f, indent=1)
+    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size,
+                 tokens=tokens)
+    with open(json, "w") as file:
+        dump({"machine": machine, "settings": shape, "rows": rows}, file, indent=1)

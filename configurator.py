@@ -143,7 +143,8 @@ def configure(settings, argv=None, fields_of=None):
     the keys that were set explicitly. Exits with a line and status 2 on an unknown key, a wrong
     type, a missing or broken file; with status 0 after --help.
     """
-    sys.stdout.reconfigure(errors="replace")  # a "?" where the terminal lacks a character
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a "?" where the terminal lacks a character
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         show_help(settings, fields_of)

@@ -1,65 +1,82 @@
 """
-What a private inference engine should see of a model: few float32 matrices, and a forward pass of pure functions.
+What a private inference engine should see of a model: few float32 matrices.
 
     python pi_export.py --ckpt=out/ckpt.pt --out=out/private
 
-writes out/private/server.npz, the weights, which only the server may hold, and out/private/public.json, which both
-parties hold: the configuration, the shape of every array and the tokenizer, nothing that was learned from data but it (and, by
-the shapes, which biases are zero and whether the FFN was folded). With --embedding=public also out/private/embedding.npz for the
-client, who then looks its tokens up itself, for no bytes and no time. It learns by it the embeddings and what is tied to them, the output
-matrix, but for the final LayerNorm's gain and bias, or in a softmax-only model, folded, both but for one unknown d x d matrix; by
-that and a revealed row of logits it also learns the last hidden row. The prompt stays its own.
+writes out/private/server.npz, the weights, which only the server may hold, and public.json, which
+both parties hold: the configuration, the shape of every array, the tokenizer and the size of what
+enters a LayerNorm, to a power of two. Nothing else in it was learned from data (but by the shapes
+it tells which biases are zero and whether the FFN was folded). With --embedding=public also
+embedding.npz for the client, who then looks its tokens up itself, for no bytes and no time. It
+learns by it the embeddings and what is tied to them, the output matrix, but for the final
+LayerNorm's gain and bias; or in a softmax-only model, folded, both but for one unknown d x d
+matrix. By that and a revealed row of logits it also learns the last hidden row. The prompt stays
+its own.
 
-Under MPC a matrix product costs by its shape and every product of two secrets ends in a truncation, so whatever algebra
-can do in the clear is done here, once, in float64:
+Under MPC a matrix product costs by its shape and every product of two secrets ends in a
+truncation, so whatever algebra can do in the clear is done here, once, in float64:
 
-- weight norm and spectral norm            -> the plain weight they stand for
-- LayerNorm's gain and bias                -> the next matrix: (n g + b) W = n (diag(g) W) + b W
-- 1 / sqrt(d_k), the unit of the logits, and a temperature per head -> W_Q   (nonlinear.py wants logits in fives)
-- the biases of K and V -> none, and the projection's: one moves a row of logits as a whole, the other goes through A, whose rows sum to 1
-- W_in W_out, where nothing is between     -> one d x d matrix, fused in training or not
-- the whole FFN, alpha and beta too (eq. 8), where there is no LayerNorm and no activation -> nothing at all: it is
-  X_SA W', W' = beta I + W_ffn / alpha, a change of basis, which the next block's matrices can be written in. A softmax-only
-  model is attention alone, X_out = X + MHA(X), with two secret matrices to a block
+- weight norm and spectral norm -> the plain weight they stand for
+- LayerNorm's gain and bias -> the next matrix: (n g + b) W = n (diag(g) W) + b W
+- 1 / sqrt(d_k), the unit of the logits, and a temperature per head -> W_Q
+- the biases of K and V -> none, and the projection's: one moves a row of logits as a whole, the
+  other goes through A, whose rows sum to 1
+- W_in W_out, where nothing is between -> one d x d matrix, fused in training or not
+- the whole FFN, alpha and beta too (eq. 8), where there is no LayerNorm and no activation ->
+  nothing at all. It is X_SA W', W' = beta I + W_ffn / alpha, a change of basis, which the next
+  block's matrices can be written in. A softmax-only model is attention alone,
+  X_out = X + MHA(X), with two secret matrices to a block
 
-The temperature per query position (eq. 9) does not fold: row i of Q is divided by t_i, which no matrix on the right of
-X does. Dividing Q, T x d numbers, is the cheapest exact place; the logits are H x T x T.
+The temperature per query position (eq. 9) does not fold: row i of Q is divided by t_i, which no
+matrix on the right of X does. Dividing Q, T x d numbers, is the cheapest exact place; the logits
+are H x T x T.
 
-private/block.py is the forward pass over those arrays, in the clear and under MPC.
+private/block.py is the forward pass over those arrays, private/files.py reads and writes the files,
+private/ranges.py refuses a model that fixed point would garble.
 """
-import hashlib
-import io
-import json
-import math
-import os
-from dataclasses import asdict
+from configurator import configure, die, end_on_signals, on_signals, one_of
 
-import numpy as np
-import torch
+if __name__ == "__main__":
+    end_on_signals()
 
-from configurator import configure, die, one_of
+import math  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 try:
     from private.nonlinear import LOGIT_UNIT
 except ImportError:
-    die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then pip install -r requirements.txt")
-from model import GPT, load_checkpoint
+    die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then "
+        "pip install -r requirements.txt")
+from model import GPT, load_checkpoint  # noqa: E402
+from private.files import write_files  # noqa: E402
+from private.ranges import check_range  # noqa: E402
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
-out = "out/private"   # folder for server.npz, public.json and, if the embedding is public, embedding.npz
-embedding = "private" # private | public, which gives the client token and position embeddings, and saves looking them up in private
+out = "out/private"  # folder for server.npz, public.json and, of a public embedding, embedding.npz
+embedding = "private"  # private | public: the client is given the embeddings, and looks up for free
+text = ""  # .bin of uint16 tokens to try ranges on; the val.bin of the training if empty
 
 
-# ------------------------------------------------------------------------------------------------ folding
+# ----------------------------------------------------------------------------------------- folding
 def matrix(linear):
-    """(W, b) of a torch Linear as float64 arrays with y = x W + b; norms resolved; b is zeros if it has none."""
+    """(W, b) of a torch Linear, float64 arrays with y = x W + b, norms resolved; b may be zeros."""
     W = linear.weight.detach().double().T
-    b = torch.zeros(W.shape[1], dtype=torch.float64) if linear.bias is None else linear.bias.detach().double()
+    if linear.bias is None:
+        b = torch.zeros(W.shape[1], dtype=torch.float64)
+    else:
+        b = linear.bias.detach().double()
     return W.numpy(), b.numpy()
 
 
 def after_norm(ln, W, b):
-    """(W, b) that take a LayerNorm's bare normalised rows in place of its output; as they are if `ln` is the identity."""
+    """
+    (W, b) that take a LayerNorm's bare normalised rows in place of its output; as they are if `ln`
+    is the identity.
+    """
     if isinstance(ln, torch.nn.Identity):
         return W, b
     gain, shift = gain_and_shift(ln)
@@ -71,61 +88,115 @@ def gain_and_shift(ln):
     return ln.weight.detach().double().numpy(), ln.bias.detach().double().numpy()
 
 
+def ffn_scales(block, c):
+    """(alpha, beta) of eq. 8; 1 where they aren't learned."""
+    if c.learnable_ffn_scale:
+        return block.alpha.item(), block.beta.item()
+    return 1.0, 1.0
+
+
 def ffn_matrix(block, c):
-    """(W, b) of (1/alpha) FFN(n) = n W + b, one d x d matrix whether it was trained fused or not; n: what follows a bare LayerNorm, if there is one."""
-    alpha = block.alpha.item() if c.learnable_ffn_scale else 1.0
-    W, b = matrix(block.ffn.w_ffn if c.fuse_ffn else block.ffn.w_in)
-    if not c.fuse_ffn:
+    """
+    (W, b) of (1/alpha) FFN(n) = n W + b, of an FFN without activation: one d x d matrix whether it
+    was trained fused or not. n: what follows a bare LayerNorm, if there is one.
+    """
+    alpha, _ = ffn_scales(block, c)
+    if c.fuse_ffn:
+        W, b = matrix(block.ffn.w_ffn)
+    else:
+        W_in, b_in = matrix(block.ffn.w_in)
         W_out, b_out = matrix(block.ffn.w_out)
-        W, b = W @ W_out, b @ W_out + b_out
+        W = W_in @ W_out
+        b = b_in @ W_out + b_out
     return after_norm(block.ln_2, W / alpha, b / alpha)
+
+
+STRETCH = 1e3  # of a basis: as much does rounding grow in it
 
 
 def bases(blocks, c):
     """
-    R_l (d, d), L + 1 of them: in a softmax-only model the residual stream before block l is written x = u R_l, and with
-    R_l+1 = R_l W', W' = beta I + W_ffn / alpha, the FFN u R_l -> u R_l W' leaves u as it is. R_L/2 = I, so that neither end is far
-    from it. None if some R_l or its inverse stretches a thousandfold, as rounding would show: the FFN is then run.
+    R_l (d, d), L + 1 of them: in a softmax-only model the residual stream before block l is
+    written x = u R_l, and with R_l+1 = R_l W', W' = beta I + W_ffn / alpha, the FFN, which takes
+    u R_l to u R_l W', leaves u as it is. R_L/2 = I, so that neither end is far from it. None if
+    some R_l or its inverse stretches by STRETCH or more, which rounding would show: the FFN is
+    then run.
     """
     products = [np.eye(c.n_embd)]
     for block in blocks:
-        products.append(products[-1] @ ((block.beta.item() if c.learnable_ffn_scale else 1.0) * np.eye(c.n_embd) + ffn_matrix(block, c)[0]))
+        _, beta = ffn_scales(block, c)
+        W, _ = ffn_matrix(block, c)
+        products.append(products[-1] @ (beta * np.eye(c.n_embd) + W))
+    middle = products[len(blocks) // 2]
     try:
-        R = [np.linalg.solve(products[len(blocks) // 2], product) for product in products]
-        far = max(np.linalg.norm(r, 2) for pair in zip(R, map(np.linalg.inv, R)) for r in pair)
-        return R if far < 1e3 else None
+        R = [np.linalg.solve(middle, product) for product in products]
+        inverses = [np.linalg.inv(r) for r in R]
     except np.linalg.LinAlgError:
         return None
+    stretch = max(np.linalg.norm(r, 2) for r in R + inverses)
+    return R if stretch < STRETCH else None
 
 
-def fold_block(block, c, R=None, R_next=None):
-    """One block's arrays: "qkv" and "o", each W with its b, all there is of a softmax-only block in bases R, R_next; else also
-    "ffn", or "in" and "up", and "beta"; "inverse_t" (H, T, 1) where there is a temperature per position."""
-    d = c.n_embd
-    W, b = matrix(block.attn.qk)
-    Wv, bv = matrix(block.attn.v)
-    scale = np.repeat([1 / (LOGIT_UNIT * math.sqrt(d // c.n_head)), 1.0], d)  # over Q's columns alone
-    inverse_t = 1 / block.attn.temperature.detach().double().numpy() if c.learnable_temperature else None  # (H, T) or (H, 1)
-    if c.learnable_temperature and c.temperature_per_head:
-        scale[:d] *= np.repeat(inverse_t, d // c.n_head)
-    W, b = after_norm(block.ln_1, np.hstack((W * scale, Wv)), np.hstack((b * scale, bv)))
-    o, bo = matrix(block.attn.o)
-    b, bo = b * (np.arange(3 * d) < d), bo + b[2 * d:] @ o
-    arrays = {"qkv": (W, b), "o": (o, bo)}
-    if c.learnable_temperature and not c.temperature_per_head:
-        arrays["inverse_t"] = (inverse_t[:, :, None],)
-    if R is not None:  # x W = u (R W); x + y o + bo, then b after W', is u + (y o + bo) / R + b / R_next
-        inverse = np.linalg.inv(R)
-        arrays |= {"qkv": (R @ W, b), "o": (o @ inverse, bo @ inverse + ffn_matrix(block, c)[1] @ np.linalg.inv(R_next))}
-        return named(arrays)
-    if c.activation != "none":
-        alpha = block.alpha.item() if c.learnable_ffn_scale else 1.0
-        W_out, b_out = matrix(block.ffn.w_out)
-        arrays |= {"in": after_norm(block.ln_2, *matrix(block.ffn.w_in)), "up": (W_out / alpha, b_out / alpha)}
-    else:
+def fold_attention(block, c):
+    """
+    (qkv, o, inverse_t): (W, b) of Q, K and V side by side, (W, b) of the projection, and one over
+    the temperatures (H, T, 1) where there is one per position, else None.
+    """
+    d, d_k = c.n_embd, c.n_embd // c.n_head
+    W_qk, b_qk = matrix(block.attn.qk)
+    W_q, W_k = W_qk[:, :d], W_qk[:, d:]
+    W_v, b_v = matrix(block.attn.v)
+    W_o, b_o = matrix(block.attn.o)
+    scale = np.full(d, 1 / (LOGIT_UNIT * math.sqrt(d_k)))  # of Q's columns
+    inverse_t = None
+    if c.learnable_temperature:
+        inverse_t = 1 / block.attn.temperature.detach().double().numpy()  # (H, T) or (H, 1)
+        if c.temperature_per_head:
+            scale *= np.repeat(inverse_t, d_k)
+            inverse_t = None
+        else:
+            inverse_t = inverse_t[:, :, None]
+    W = np.hstack((W_q * scale, W_k, W_v))                          # (d, 3 d)
+    b = np.hstack((b_qk[:d] * scale, b_qk[d:], b_v))                # (3 d,)
+    W, b = after_norm(block.ln_1, W, b)
+    b_o = b_o + b[2 * d:] @ W_o  # V's bias goes through A, whose rows sum to 1
+    b[d:] = 0                    # and K's moves a row of logits as a whole
+    return (W, b), (W_o, b_o), inverse_t
+
+
+def fold_block(block, c):
+    """
+    One block's arrays: "qkv" and "o", each W with its b; "ffn", or "in" and "up", likewise; "beta"
+    where that is learned; "inverse_t" (H, T, 1) where there is a temperature per position.
+    """
+    qkv, o, inverse_t = fold_attention(block, c)
+    arrays = {"qkv": qkv, "o": o}
+    if inverse_t is not None:
+        arrays["inverse_t"] = (inverse_t,)
+    alpha, beta = ffn_scales(block, c)
+    if c.activation == "none":
         arrays["ffn"] = ffn_matrix(block, c)
+    else:
+        W_out, b_out = matrix(block.ffn.w_out)
+        arrays["in"] = after_norm(block.ln_2, *matrix(block.ffn.w_in))
+        arrays["up"] = W_out / alpha, b_out / alpha
     if c.learnable_ffn_scale:
-        arrays["beta"] = (np.array(block.beta.item()),)
+        arrays["beta"] = (np.array(beta),)
+    return named(arrays)
+
+
+def fold_block_in_bases(block, c, R, R_next):
+    """
+    A softmax-only block's arrays in the bases before and after it: "qkv", "o", maybe "inverse_t".
+    x W = u (R W); x + y o + b_o, then b after W', is u + (y o + b_o) / R + b / R_next.
+    """
+    (W, b), (W_o, b_o), inverse_t = fold_attention(block, c)
+    inverse = np.linalg.inv(R)
+    _, b_ffn = ffn_matrix(block, c)
+    b_o = b_o @ inverse + b_ffn @ np.linalg.inv(R_next)
+    arrays = {"qkv": (R @ W, b), "o": (W_o @ inverse, b_o)}
+    if inverse_t is not None:
+        arrays["inverse_t"] = (inverse_t,)
     return named(arrays)
 
 
@@ -136,88 +207,90 @@ def named(pairs):
 
 def export(model, dtype=np.float32):
     """
-    A trained GPT as named arrays: "wte" (V, d), "wpe" (T, d), "head" (d, V), "head_b" (V,), and for each block "blocks.0.qkv" and so on.
+    A trained GPT as named arrays: "wte" (V, d), "wpe" (T, d), "head" (d, V), "head_b" (V,), for
+    each block "blocks.0.qkv" and so on, and "basis" (d, d) where a folded model has a final
+    LayerNorm.
     """
-    c, wte, wpe = model.config, *(e.weight.detach().double().numpy() for e in (model.wte, model.wpe))
+    c = model.config
+    wte = model.wte.weight.detach().double().numpy()
+    wpe = model.wpe.weight.detach().double().numpy()
     head, head_b = after_norm(model.ln_f, wte.T, np.zeros(len(wte)))
-    R = None if c.use_layernorm or c.activation != "none" else bases(model.blocks, c)
-    if R:
-        first = np.linalg.inv(R[0])
-        wte, wpe = wte @ first, wpe @ first
-        if not c.final_layernorm:
-            head = R[-1] @ head
-    blocks = [fold_block(block, c, *(R[i:i + 2] if R else ())) for i, block in enumerate(model.blocks)]
-    top = {"basis": R[-1]} if R and c.final_layernorm else {}  # a LayerNorm wants x itself, x = u R_L
-    return flat({"wte": wte, "wpe": wpe, "head": head, "head_b": head_b, **top}, blocks, dtype)
+    softmax_only = not c.use_layernorm and c.activation == "none"
+    R = bases(model.blocks, c) if softmax_only else None
+    if R is None:
+        blocks = [fold_block(block, c) for block in model.blocks]
+        return flat({"wte": wte, "wpe": wpe, "head": head, "head_b": head_b}, blocks, dtype)
+    first = np.linalg.inv(R[0])
+    top = {"wte": wte @ first, "wpe": wpe @ first, "head": head, "head_b": head_b}
+    if c.final_layernorm:  # which wants x itself, x = u R_L
+        top["basis"] = R[-1]
+    else:
+        top["head"] = R[-1] @ head
+    blocks = [fold_block_in_bases(block, c, *R[i:i + 2]) for i, block in enumerate(model.blocks)]
+    return flat(top, blocks, dtype)
 
 
 def flat(arrays, blocks, dtype):
     """
-    One dict of the arrays and of each block's, as server.npz holds them. Biases that are zero throughout (a softmax-only
-    model has one on Q alone) are left out.
+    One dict of the arrays and of each block's, as server.npz holds them. Biases that are zero
+    throughout (a softmax-only model has one on Q alone) are left out.
     """
-    arrays = arrays | {f"blocks.{i}.{name}": a for i, block in enumerate(blocks) for name, a in block.items()}
-    return {name: np.asarray(a, dtype) for name, a in arrays.items() if not name.endswith("_b") or np.any(a)}
+    arrays = dict(arrays)
+    for i, block in enumerate(blocks):
+        arrays |= {f"blocks.{i}.{name}": a for name, a in block.items()}
+    kept = (name for name, a in arrays.items() if not name.endswith("_b") or np.any(a))
+    return {name: np.asarray(arrays[name], dtype) for name in kept}
 
 
-# ------------------------------------------------------------------------------------------------ files
-def load_weights(path):
-    """The arrays of a server.npz. ValueError if it is missing, damaged or something else."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            return dict(f)
-    except Exception as e:  # a zip that breaks does so in many ways
-        raise ValueError(f"{path} is not a whole server.npz ({type(e).__name__}): make it again with python pi_export.py") from e
-
-
-def load_embedding(folder, public):
-    """The client's {"wte": (V, d), "wpe": (T, d)} of a folder's embedding.npz. ValueError if it isn't what public.json names."""
-    path = os.path.join(folder, "embedding.npz")
-    try:
-        with open(path, "rb") as f:
-            if hashlib.sha256(data := f.read()).hexdigest() != public["embedding"]:
-                raise ValueError("another model's, or damaged")
-        with np.load(io.BytesIO(data), allow_pickle=False) as f:
-            return dict(f)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"no {path} that belongs to public.json ({e}): python pi_export.py --embedding=public makes both, copy both") from e
-
-
-def write(model, tokenizer, folder, export=export, embedding="private"):
-    """server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays made by `export`. Returns server.npz's."""
-    arrays, path = export(model), os.path.join(folder, "embedding.npz")
-    public = {"config": asdict(model.config), "shapes": {name: a.shape for name, a in arrays.items()}, "tokenizer": tokenizer, "embedding": "private"}
-    os.makedirs(folder, exist_ok=True)
-    write_whole(os.path.join(folder, "server.npz"), lambda f: np.savez(f, **arrays))
-    if embedding == "public":
-        np.savez(data := io.BytesIO(), wte=arrays["wte"], wpe=arrays["wpe"])
-        write_whole(path, lambda f: f.write(data.getvalue()))
-        public["embedding"] = hashlib.sha256(data.getvalue()).hexdigest()
-    elif os.path.exists(path):  # an earlier export's
-        os.remove(path)
-    write_whole(os.path.join(folder, "public.json"), lambda f: f.write(json.dumps(public).encode()))
+# ------------------------------------------------------------------------------- from a checkpoint
+def write(model, tokenizer, folder, export=export, embedding="private", text=None):
+    """
+    server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays
+    made by `export`. text: token ids to try ranges on. Returns server.npz's arrays. Raises
+    ValueError if a private run would garble the model, OSError if a file can't be written.
+    """
+    arrays = export(model)
+    units = check_range(model.config, arrays, text)
+    write_files(folder, arrays, model.config, units, tokenizer, embedding)
     return arrays
 
 
-def write_whole(path, put):
-    """Have put(f) write a binary file under a temporary name and rename it: path is never half a file."""
-    with open(path + ".tmp", "wb") as f:
-        put(f)
-    os.replace(path + ".tmp", path)
+def held_out(checkpoint, path):
+    """The tokens of `path`; if that is empty, of the val.bin that the checkpoint names, or None."""
+    if not path:
+        s = checkpoint.get("settings", {})
+        path = os.path.join(s.get("data_dir", "data"), s.get("dataset", ""), "val.bin")
+        if not os.path.isfile(path):
+            return None
+    return np.fromfile(path, np.uint16).astype(np.int64)
+
+
+def leave(number, frame):
+    """A signal's handler that raises, so that what write_whole() has begun is removed."""
+    die(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 
 def main():
+    on_signals(leave)
     configure(globals())
     one_of(globals(), embedding=("private", "public"))
+    folder = os.path.expanduser(out)
     try:
         checkpoint = load_checkpoint(ckpt)
         model = GPT.from_checkpoint(checkpoint)
-        arrays = write(model, checkpoint.get("tokenizer"), os.path.expanduser(out), embedding=embedding)
+        tried = held_out(checkpoint, os.path.expanduser(text))
+        arrays = write(model, checkpoint.get("tokenizer"), folder, embedding=embedding, text=tried)
     except (OSError, ValueError) as e:
         die(e)
-    print(f"{model.config.name}: {sum(p.numel() for p in model.parameters()):,} parameters in {ckpt} -> {len(arrays)} arrays of "
-          f"{sum(a.size for a in arrays.values()):,} numbers (the embedding twice, as table and as head) in {out}/server.npz, shapes and tokenizer in {out}/public.json"
-          + f"; for the client also {out}/embedding.npz" * (embedding == "public"))
+    parameters = sum(p.numel() for p in model.parameters())
+    numbers = sum(a.size for a in arrays.values())
+    print(f"{model.config.name}: {parameters:,} parameters in {ckpt}")
+    print(f"ranges tried on random tokens{'' if tried is None else ' and held-out text'}")
+    print(f"{folder}/server.npz: the server's secret, {len(arrays)} arrays of {numbers:,} numbers "
+          "(the embedding twice, as table and as head)")
+    print(f"{folder}/public.json: for both parties, shapes and tokenizer")
+    if embedding == "public":
+        print(f"{folder}/embedding.npz: for the client, the embeddings")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# EReg(SM(t)+ScFuFFN): the paper's proposal, SM(t)+ScFuFFN trained with entropy regularization (Algorithm 1)
+# EReg(SM(t)+ScFuFFN): the paper's proposal, SM(t)+ScFuFFN with entropy regularization (Algorithm 1)
 use_layernorm = False
 use_gelu = False
 fuse_ffn = True

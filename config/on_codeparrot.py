@@ -1,4 +1,5 @@
-# The paper's main scale: GPT-2 small on CodeParrot, T = 128. First: python data/prepare.py --corpus=codeparrot
+# The paper's main scale: GPT-2 small on CodeParrot, T = 128.
+# First: python data/prepare.py --corpus=codeparrot
 dataset = "codeparrot"
 block_size = 128          # T; the data is cut into whole pieces of it
 n_layer = 12              # GPT-2 small
@@ -15,7 +16,7 @@ beta1, beta2 = 0.9, 0.999  # AdamW's own
 weight_decay = 0.1        # on matrices and embeddings
 grad_clip = 1.0           # Hugging Face Trainer's default
 temperature_init = 1e-2   # only used where the architecture has learnable temperatures
-lambda_entropy = 0.164    # only used with entropy_reg: 1e-5 on the sum over 128 x 128 positions, on their mean
+lambda_entropy = 0.164    # only with entropy_reg: 1e-5 on the sum over 128 x 128 positions
 gamma = 0.2               # the paper's choice among 0 .. 0.3 (Figure 6)
 eval_interval = 1000      # ours; the paper gives none
 eval_windows = 2048       # ours; 262K tokens

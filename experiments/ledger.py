@@ -4,7 +4,8 @@ and largest error of the form and of the obvious one beside it, on the real engi
 one layer of the given shape. Two processes; writes private_ledger.{json,md}.
 
     python experiments/ledger.py                    # GPT-2 small's, some minutes on 2 cores
-    python experiments/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 --into=/tmp
+    python experiments/ledger.py --n_head=2 --n_embd=32 --block_size=16 --vocab_size=600 \
+                                 --into=/tmp --docs=/tmp
 
 The obvious forms are as cheap as they come: SPU's settings are the same, secrets of one party stay
 its own.
@@ -28,11 +29,13 @@ n_head = 12         # H
 n_embd = 768        # d
 block_size = 128    # T
 vocab_size = 50257  # V
-into = str(HERE.parent / "results")  # the folder for private_ledger.json and .md
+into = str(HERE.parent / "results")  # the folder for private_ledger.json
+docs = str(HERE.parent / "docs")     # and for ledger.md
 
 configure(globals())
-if not os.path.isdir(into):
-    die(f"no folder {into} to write into", 2)
+for folder in (into, docs):
+    if not os.path.isdir(folder):
+        die(f"no folder {folder} to write into", 2)
 addresses = free_addresses(2)
 parent_lives, parent_end = os.pipe()
 server = os.fork()  # before jax has threads
@@ -235,7 +238,8 @@ def embedding_and_argmax():
 def write_rows():
     title = (f"{H} heads, width {d}, T = {T}, vocabulary {V}; "
              f"{os.cpu_count()} cores for both parties")
-    table = [f"One layer's operations, each in two or three forms: {title}. "
+    table = ["# Each private form beside the obvious one", "",
+             f"One layer's operations, each in two or three forms: {title}. "
              "Made by `python experiments/ledger.py`.", "",
              "| operation | form | MB | messages | s | largest error |",
              "|---|---|---|---|---|---|"]
@@ -243,7 +247,7 @@ def write_rows():
         error = "" if r["largest error"] is None else f"{r['largest error']:.0e}"
         table.append(f"| {r['what']} | {r['form']} | {r['MB']:.1f} | {r['messages']:.0f} | "
                      f"{r['seconds']:.1f} | {error} |")
-    (Path(into) / "private_ledger.md").write_text("\n".join(table) + "\n")
+    (Path(docs) / "ledger.md").write_text("\n".join(table) + "\n")
     result = {"shape": title, "rows": rows}
     (Path(into) / "private_ledger.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -50,7 +50,7 @@ def attention(op, n, w, c, f):
     The product with V takes one key fewer than there are: a row's weights sum to 1, so that
     A V = A' (V' - v) + v, where v is the last key's value and A' and V' leave that key out. At
     T = 128 SPU then takes the keys in two halves, which is faster ("A V" in
-    results/private_ledger.md).
+    docs/ledger.md).
     """
     H = c.n_head
     qkv = op("matmul", linear, n, *w["qkv"])                                   # (T, 3 d)

@@ -72,7 +72,7 @@ def queries(ids, dealt):
         wte[ids] = chosen @ (hot @ wte[dealt]).reshape(-1, d).
     Their shapes don't depend on ids, and the server sees them encrypted: it learns nothing. The
     lookup is exact, in a fraction of the products of a one-hot matrix (T, V): see "embedding" in
-    results/private_ledger.md. ids below 0 stand for no token. RuntimeError if a bucket overflows,
+    docs/ledger.md. ids below 0 stand for no token. RuntimeError if a bucket overflows,
     which has a NEGLIGIBLE probability: see overflow().
     """
     ids = np.asarray(ids)

@@ -1,12 +1,21 @@
 """
-The nonlinear functions of a GPT twice: EXACT, and SECURE, as a private inference engine computes them cheaply, each with the
-identity it rests on. Pure functions of JAX, to be copied like entropy.py.
+The nonlinear functions of a GPT twice: exact, and beside it as a private inference engine affords
+it, with the identity that the form rests on, its price and its range. Pure functions of JAX that
+import nothing of ours, to be copied like entropy.py. EXACT and SECURE at the end are the two sets.
 
-Prices are bytes per element, both directions, of SPU's Cheetah at 18 fraction bits: truncation 3, choice by a secret bit 16,
-comparison 82, square 147, product of secrets 221 (in whole blocks; results/private_ledger.md measures the functions).
+The engine is SPU 0.9.5 with 18 fraction bits of 64. Prices are those of its Cheetah protocol in
+bytes of both directions; docs/ledger.md measures every form.
+
+    truncation, or a product with a public number      3
+    choice by a secret bit                            16
+    comparison                                        82
+    square                                           147
+    product of two secrets                           221
+
+A product, matrix products included, is right while its result lies within 2^26: its ring value is
+2^36 times the result and must stay below 2^62. pi_export.py refuses a model that would leave that.
 """
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -14,166 +23,291 @@ import jax.numpy as jnp
 import numpy as np
 
 
-# ------------------------------------------------------------------------------------------------ exact
-def normalise(x, unit=1.0):
-    """LayerNorm without gain and bias, rows of (T, d)."""
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+# -------------------------------------------------------------------------------- what they are of
+CIPHERTEXT = 8192       # numbers in one of Cheetah's ciphertexts
+BLOCK = 2 * CIPHERTEXT  # numbers in a block of squares: each party answers for one ciphertext
+REST = BLOCK // 4       # fewer numbers than these cost less multiplied than as a block of squares
+ROWS = 128              # rows that by_rows() takes at a time
 
 
-def exponentials(s, seen=None, last=None):
-    """
-    exp(logit - row maximum) of the logits s (H, rows, T), given in units of LOGIT_UNIT, where seen (rows, T) is 1; 0 elsewhere. Without
-    seen, rows is T and all is causal.
-    """
-    s = jnp.where((np.tri(s.shape[-1]) if seen is None else seen) > 0.5, LOGIT_UNIT * s, -jnp.inf)
-    return jnp.exp(s - s.max(-1, keepdims=True))
-
-
-# ------------------------------------------------------------------------------------------------ as MPC affords them
 def square(w):
     """
-    w^2 for 147 bytes instead of a product's 221: with one iteration SPU's exp(x) is (1 + x/2)^2, and only exp lowers to the cheap
-    square. That comes in blocks of 2 x 8192, 2.4 MB each even if only begun: a short rest is multiplied, for 253 bytes apiece.
+    w^2. With one iteration SPU's exp(x) is (1 + x/2)^2, and only exp lowers to the cheap square.
+
+    Price: 147 bytes a number, where a product takes 221. Squares come in blocks, and a block only
+    begun costs as much, so that a short rest is multiplied. Range: |w| up to 2^13.
     """
     flat = w.ravel()
-    whole = len(flat) - len(flat) % 16384 if len(flat) % 16384 < 4096 else len(flat)
-    return jnp.concatenate([engine_square(flat[:whole])] * (whole > 0) + [flat[whole:] * flat[whole:]] * (whole < len(flat))).reshape(w.shape)
+    rest = len(flat) % BLOCK
+    if rest >= REST:
+        rest = 0
+    whole = len(flat) - rest
+    pieces = []
+    if whole:
+        pieces.append(engine_square(flat[:whole]))
+    if rest:
+        pieces.append(flat[whole:] * flat[whole:])
+    return jnp.concatenate(pieces).reshape(w.shape)
 
 
 def engine_square(w):
+    """w^2 where the engine's fxp_exp_iters is 1. In the clear it is an exponential of w."""
     return jnp.exp(2 * (w - 1))
 
 
 def only(diagonal, x):
-    """x where the public `diagonal` is set, 0 elsewhere: free."""
+    """x where the public mask `diagonal` is set, 0 elsewhere. Price: nothing."""
     return jnp.where(diagonal, x, 0.0)
+
+
+def sum_below(t, edges, terms):
+    """
+    The sum of those terms[i] where t < edges[i], a few public numbers. Price: a comparison and a
+    choice for each edge and number, all comparisons in one call and all choices in another.
+    """
+    edges = np.reshape(edges, (-1, *[1] * t.ndim))
+    return jnp.where(t < edges, jnp.stack(terms), 0.0).sum(0)
+
+
+def by_rows(f):
+    """
+    f, which works row by row, on ROWS rows at a time. Price: no byte more, and the engine's memory
+    doesn't grow with T (its encoding of GPT-2 small's Q, K and V takes 7 GB).
+    """
+    def in_pieces(x, *rest, **static):
+        pieces = [f(x[i:i + ROWS], *rest, **static) for i in range(0, len(x), ROWS)]
+        return jnp.concatenate(pieces)
+    return in_pieces
+
+
+# --------------------------------------------------------------------------------------- LayerNorm
+EPSILON = 1e-5       # torch's, added to a row's variance
+CENTRE = 4.0         # what a standard deviation of one unit is brought to, inside rsqrt's range
+SMALLEST = 2.0**-16  # a variance that the engine still tells from 0: four steps of 2^-18
+
+
+def normalise(x, unit=1.0):
+    """LayerNorm without gain and bias of the rows of x (T, d). unit: see secure_normalise()."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + EPSILON)
 
 
 def secure_normalise(x, unit=1.0):
     """
-    normalise() by two matrix products: the variances are the diagonal of x x^T / d, and rows are scaled by diag(r) x. 15 MB for
-    128 x 768, where two products for every entry take 44; slower, as the engine's time goes into matrix products. Both products have
-    rows x rows entries for rows that are wanted: more than 128 rows go by_rows.
+    normalise() by two matrix products. Of y = k x, whatever k, the squared lengths of the rows are
+    the diagonal of y y^T, and sqrt(d) y / |y| scales the rows by a diagonal matrix.
+
+    unit: a public power of two near the rows' standard deviation; the result doesn't depend on it.
+    The engine's rsqrt is right within 5e-4 from 2^-11 on and 0 from 2^17 on; k brings the unit in
+    between. Range: rows of standard deviation from unit / 32 to 64 units, within 1e-2; from
+    unit / 8 to 16 units, within 2e-3; from 90 units on the result is 0.
+    The mean is subtracted twice: 1/d has 18 bits in the engine, and 1/768 is wrong by a thousandth.
+
+    Price: 15 MB for 128 x 768, where two products for every entry take 44. This form is slower, as
+    the engine's time goes into matrix products. Both products have rows x rows entries of which
+    `rows` are wanted: more than ROWS rows go by_rows().
     """
-    x, diagonal = x - x.mean(-1, keepdims=True), np.eye(len(x), dtype=bool)
-    y = x * (1 / math.sqrt(x.shape[-1]))  # before the product, which would overflow
-    r = jax.lax.rsqrt(only(diagonal, y @ y.T).sum(-1) + 1e-5)
-    return only(diagonal, r[:, None]) @ x
+    d = x.shape[-1]
+    diagonal = np.eye(len(x), dtype=bool)                     # (T, T)
+    x = x - x.mean(-1, keepdims=True)
+    x = x - x.mean(-1, keepdims=True)
+    y = x * (CENTRE / (unit * math.sqrt(d)))                  # (T, d)
+    variance = only(diagonal, y @ y.T).sum(-1)                # (T,)
+    epsilon = max(EPSILON * (CENTRE / unit) ** 2, SMALLEST)
+    r = math.sqrt(d) * jax.lax.rsqrt(variance + epsilon)      # (T,)
+    return only(diagonal, r[:, None]) @ y                     # (T, d)
 
 
-def causal_row_max(s):
-    """Row maxima (H, T, 1) over the causal entries of s (H, T, T): a tree, all comparisons of a level in one call, none above the diagonal."""
-    H, T, width = *s.shape[:2], s.shape[2]
-    while width > 1:
-        half = (width + 1) // 2
-        row, left = np.nonzero(np.arange(T)[:, None] >= half + np.arange(width - half))  # pairs whose right half is not in the future
-        larger = jnp.maximum(s[:, row, left], s[:, row, left + half])
-        place = np.arange(T)[:, None] * width + np.arange(half)
-        place[row, left] = T * width + np.arange(len(row))
-        s, width = jnp.concatenate((s.reshape(H, -1), larger), 1)[:, place.ravel()].reshape(H, T, half), half
-    return s
+# ----------------------------------------------------------------------------------------- softmax
+LOGIT_UNIT = 5.0  # what logits are counted in, so that the fit's interval is two units long
+REACH = 2.0       # a logit so many units below its row's largest counts as 0: exp(-10) is 5e-5
+FIT_Q = (1.12407806, -0.08025701, -0.03571631)  # experiments/fit.py makes these
+FIT_E = (0.03488004, 0.05551102, 0.02930196, 0.03640795, 0.00627089)
 
 
-LOGIT_UNIT = 5.0  # the fit below holds on [-10, 0], which is [-2, 0] in this unit
-FIT_Q = (1.12407794, -0.0802553, -0.03571606, -2.87437885)  # experiments/fit.py makes these
-FIT_E = (0.03488002, 0.25602778, 0.01320943, 0.02924629, -0.28190972)
+def exponentials(s):
+    """
+    exp(logit - row maximum) of the logits s (H, T, T), counted in LOGIT_UNITs, on the causal half;
+    0 above the diagonal.
+    """
+    return row_exponentials(s, np.tri(s.shape[-1]))
+
+
+def row_exponentials(s, seen, last=None):
+    """
+    The same of any rows s (H, rows, T), where seen (rows, T) is 1; 0 elsewhere. last: see
+    secure_row_exponentials().
+    """
+    s = jnp.where(seen > 0.5, LOGIT_UNIT * s, -jnp.inf)
+    return jnp.exp(s - s.max(-1, keepdims=True))
 
 
 def secure_exp(u):
     """
-    exp(5 (u - 1)) on [-1, 1] by three squares of linear combinations, least-squares fit, within 4e-3, and 0 at -1; each combination
-    costs one truncation. SPU's own exp takes eight squares, and is three times as exact. The errors of a row's entries add up: the
-    worst row, 127 of its logits at 9.4 below the other, sums to 8% too little; longer rows to more.
+    exp(5 (u - 1)) by three squares of linear combinations, a least-squares fit. A logit z units
+    below its row's largest has u = 1 - z.
+
+    Range: u from -1 to 1, within 4e-3, and 0 at -1. The errors of a row's entries add up: the worst
+    row, 127 of its logits at 9.4 below the other, sums to 8% too little; longer rows to more.
+    Price: 3 squares and 4 truncations, 454 bytes. SPU's own exp takes eight squares, and is three
+    times as exact.
     """
     q, e = FIT_Q, FIT_E
     z1 = square(u)
     z2 = square(z1 + q[0] * u)
-    z3 = square(z2 + q[1] * z1 + q[2] * u + q[3])
+    z3 = square(z2 + q[1] * z1 + q[2] * u)
     return e[0] * z3 + e[1] * z2 + e[2] * z1 + e[3] * u + e[4]
+
+
+def clipped_exp(z):
+    """secure_exp() of z <= 0, 0 from -REACH on. Price: secure_exp(), a comparison and a choice."""
+    return secure_exp(jnp.maximum(z, -REACH) + 1)
+
+
+def causal_row_max(s):
+    """
+    Row maxima (H, T, 1) over the causal entries of s (H, T, T), by a tree. Price: a comparison and
+    a choice for each entry below the diagonal; a level's comparisons are one call.
+    """
+    H, T, width = s.shape
+    i = np.arange(T)[:, None]
+    while width > 1:
+        half = (width + 1) // 2
+        row, left = np.nonzero(i >= half + np.arange(width - half))  # whose partner is in the past
+        larger = jnp.maximum(s[:, row, left], s[:, row, left + half])         # (H, pairs)
+        place = i * width + np.arange(half)                                   # (T, half), in s
+        place[row, left] = T * width + np.arange(len(row))                    # or in larger
+        s = jnp.concatenate((s.reshape(H, -1), larger), 1)[:, place.ravel()].reshape(H, T, half)
+        width = half
+    return s
 
 
 def secure_exponentials(s):
     """
-    exponentials() on the causal half alone: T(T+1)/2 entries are packed, exp'ed and put back among zeros. Logits more than 10 below
-    their row's largest count as 0.
+    exponentials() on the causal half alone: T (T + 1) / 2 entries are packed, exp'ed and put back
+    among zeros. Range: all s. Price: clipped_exp() and causal_row_max() of every causal entry.
     """
     H, T, _ = s.shape
     i, j = np.tril_indices(T)
-    e = secure_exp(jnp.maximum((s - causal_row_max(s))[:, i, j], -2.0) + 1)
-    place = np.full((T, T), len(i))
+    e = clipped_exp((s - causal_row_max(s))[:, i, j])                         # (H, T (T + 1) / 2)
+    place = np.full((T, T), len(i))                                           # the zero's
     place[i, j] = np.arange(len(i))
     return jnp.concatenate((e, jnp.zeros((H, 1))), 1)[:, place.ravel()].reshape(H, T, T)
 
 
-def secure_row_exponentials(s, seen, last=None):
-    """exponentials() of one row (H, 1, T), seen (1, T) a secret: what isn't seen is lowered beyond the clip before the maximum, and zeroed after."""
-    s = s + 1024 * (seen - 1)
-    return secure_exp(jnp.maximum(s - s.max(-1, keepdims=True), -2.0) + 1) * seen
+def secure_row_exponentials(s, seen, last):
+    """
+    row_exponentials() of one row s (H, 1, T) which only the client can tell: its secrets are last
+    (1, T), 1 at that row's position, and seen (1, T), 1 up to it.
+
+    A logit that isn't seen is replaced by the one at the row's own position, which is, and so can't
+    exceed the maximum; its exponential is replaced by 0. Range: all s.
+    Price: clipped_exp(), a comparison and four choices for an entry; 2 T comparisons for the masks.
+    """
+    is_seen, is_last = jnp.stack((seen, last)) > 0.5                          # (1, T) each
+    own = jnp.where(is_last, s, 0.0).sum(-1, keepdims=True)                   # (H, 1, 1)
+    s = jnp.where(is_seen, s, own)                                            # (H, 1, T)
+    e = clipped_exp(s - s.max(-1, keepdims=True))                             # (H, 1, T)
+    return jnp.where(is_seen, e, 0.0)
 
 
-def sum_below(t, edges, terms):
-    """The sum of those terms[i] where t < edges[i], a few public numbers: all comparisons in one call, and all choices."""
-    return jnp.where(t < np.reshape(edges, (-1, *[1] * t.ndim)), jnp.stack(terms), 0.0).sum(0)
+SUM_LEAST = 0.97   # what a row of secure_exponentials() may sum to in place of 1,
+SUM_MOST = 1.0185  # and in place of its length, for each of its entries
+
+
+def reciprocal(s, most):
+    """1 / s. most: see secure_reciprocal()."""
+    return 1 / s
 
 
 def secure_reciprocal(s, most):
     """
-    1 / s for s in [1, most] by three steps (four beyond 256) of Newton's r (2 - s r) from a line, one of three by where s lies: 1.9 KB
-    a number, SPU's own division takes 4.1. The best line on [a, b] is off by (b - a)^2 / ((b + a)^2 + 4 a b), and a step squares that.
+    1 / s by steps of Newton's, r (2 - s r), from a line, one of three by where s lies. The best
+    line on [a, b] is off by (b - a)^2 / ((b + a)^2 + 4 a b), and a step squares that.
+
+    Range: s from 0.98 to 1.01 `most`, which is public, within 1e-4. Price: 1.9 KB a number, where
+    SPU's own division takes 4.1.
     """
-    edge = 0.97 * (1.05 * most) ** (np.arange(4) / 3)
-    slope = 8 / ((edge[:-1] + edge[1:]) ** 2 + 4 * edge[:-1] * edge[1:])
-    level = slope * (edge[:-1] + edge[1:])
+    edge = SUM_LEAST * (SUM_MOST / SUM_LEAST * most) ** (np.arange(4) / 3)    # of three intervals
+    a, b = edge[:-1], edge[1:]
+    slope = 8 / ((a + b) ** 2 + 4 * a * b)
+    level = slope * (a + b)
     change = [(level[i] - level[i + 1]) - (slope[i] - slope[i + 1]) * s for i in (0, 1)]
     r = level[2] - slope[2] * s + sum_below(s, edge[1:3], change)
-    for _ in range(3 + (most > 256)):
+    steps = 4 if most > 256 else 3
+    for _ in range(steps):
         r = r * (2 - s * r)
     return r
 
 
-GELU_NEAR, GELU_FAR = (1.0, 0.30392104, -0.45216452, -0.00423425), (3.4, -0.03544199, 0.22379692, -0.35397822)  # each: up to t, t^2, t, 1
+# ------------------------------------------------------------------------------------- activations
+GELU_NEAR = (1.0, 0.30392104, -0.45216452, -0.00423425)  # up to which |x|, and the parabola there,
+GELU_FAR = (3.4, -0.03544199, 0.22379692, -0.35397822)   # highest power first; experiments/fit.py
+
+
+def gelu(x):
+    """x times the normal distribution function of x."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 def secure_gelu(x):
     """
-    GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.4, so two parabolas in |x| serve both sides, within 7e-3, and
-    without bias, which a row of a thousand numbers would add up (experiments/fit.py).
-    One square and three comparisons (the sign also makes |x|): 441 bytes by the prices above; a quartic, twice as exact, 490, with a second
-    square in place of the third comparison.
+    GELU(x) = relu(x) + p(|x|): GELU(x) - relu(x) is even and vanishes past 3.4, so that two
+    parabolas in |x| serve both sides, without bias, which a row of a thousand numbers would add up.
+
+    Range: all x, within 7e-3; a square that overflows is one that isn't chosen.
+    Price: a square and three comparisons (the sign also makes |x|), 441 bytes. A quartic, twice as
+    exact, takes 490, with a second square in place of the third comparison.
     """
     relu = jnp.where(x > 0, x, 0.0)
     t = 2 * relu - x  # |x|
-    t2, (b, *near), (c, *far) = square(t), GELU_NEAR, GELU_FAR
-    change = [k[0] * t2 + k[1] * t + k[2] for k in (np.subtract(near, far), far)]  # where t < c far, where t < b the rest to near
-    return relu + sum_below(t, (b, c), change)
+    t2 = square(t)
+    end_near, *near = GELU_NEAR
+    end_far, *far = GELU_FAR
+    beyond_far = np.subtract(near, far)
+    terms = [k[0] * t2 + k[1] * t + k[2] for k in (beyond_far, far)]
+    return relu + sum_below(t, (end_near, end_far), terms)
 
 
+# ---------------------------------------------------------------------------- the most likely token
 def secure_argmax(x):
-    """Indices (rows,) of the row maxima of x (rows, V): a tree of V - 1 comparisons, each with a choice of the value and of its index."""
+    """
+    Indices (rows,) of the row maxima of x (rows, V); among equals any. Range: all x. Price: V - 1
+    comparisons a row, in a tree, each with a choice of the value and of its index.
+    """
     index = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape)
-    while (half := x.shape[-1] // 2):
-        left = x[:, :half] >= x[:, half:2 * half]
-        x, index = (jnp.hstack((jnp.where(left, a[:, :half], a[:, half:2 * half]), a[:, 2 * half:])) for a in (x, index))
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        first = x[:, :half] >= x[:, half:2 * half]
+        x, index = winners(first, x), winners(first, index)
     return index[:, 0]
 
 
-def by_rows(f):
-    """f, row by row anyway, on 128 rows at a time: no more bytes, and the engine's memory doesn't grow with T (its encoding of GPT-2 small's QKV: 7 GB)."""
-    return lambda x, *rest, **static: jnp.concatenate([f(x[i:i + 128], *rest, **static) for i in range(0, len(x), 128)])
+def winners(first, a):
+    """Of a's columns i and i + half the one that first (rows, half) says, and what is left over."""
+    half = first.shape[1]
+    return jnp.hstack((jnp.where(first, a[:, :half], a[:, half:2 * half]), a[:, 2 * half:]))
 
+
+# ------------------------------------------------------------------------------------ the two sets
+ACTIVATIONS = {  # by model.py's name of it: what its cost is entered under, exact, secure
+    "gelu": ("GELU", gelu, by_rows(secure_gelu)),
+    "gelu_tanh": ("GELU", jax.nn.gelu, by_rows(secure_gelu)),
+    "relu": ("ReLU", jax.nn.relu, by_rows(jax.nn.relu)),  # a comparison and a choice: 98 bytes
+}
+ACTIVATION_KIND = {name: kind for name, (kind, _, _) in ACTIVATIONS.items()}
 
 EXACT = SimpleNamespace(
     normalise=normalise,
     exponentials=exponentials,
-    row_exponentials=exponentials,
-    reciprocal=lambda s, most: 1 / s,
-    activation={"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu},
+    row_exponentials=row_exponentials,
+    reciprocal=reciprocal,
+    activation={name: exact for name, (_, exact, _) in ACTIVATIONS.items()},
 )
 SECURE = SimpleNamespace(
     normalise=by_rows(secure_normalise),
     exponentials=secure_exponentials,
     row_exponentials=secure_row_exponentials,
     reciprocal=secure_reciprocal,
-    activation={"gelu": by_rows(secure_gelu), "gelu_tanh": by_rows(secure_gelu), "relu": by_rows(jax.nn.relu)},
+    activation={name: secure for name, (_, _, secure) in ACTIVATIONS.items()},
 )

@@ -1,11 +1,15 @@
 """
-A slow link without root and without tc: TCP forwarded between two parties at a bandwidth and with a one-way delay.
+A slow link without root and without tc: TCP forwarded between two parties at a bandwidth and with a
+one-way delay.
 
-    python private/relay.py --network=wan --client=HOST:9000 --client_front=127.0.0.1:9100 --server=HOST:9000 --server_front=127.0.0.1:9200
+    python private/relay.py --network=wan --client=HOST:9000 --client_front=127.0.0.1:9100 \\
+                            --server=HOST:9000 --server_front=127.0.0.1:9200
 
-Whoever connects to server_front (the client does) reaches the server, and the other way round; each front also forwards its
-next port, where bench_spu.py's parties greet. Both connections' bytes toward one party share one pipe, as on a full-duplex
-line. bench_spu.py --network=wan starts one between its two processes. On SIGTERM or Ctrl-C it prints the bytes that passed as JSON.
+Whoever connects to server_front (the client does) reaches the server, and the other way round.
+Each front also forwards its next port, where bench_spu.py's parties greet. The bytes of all
+connections toward one party share one pipe, as on a full-duplex line. bench_spu.py --network=wan
+has a relay of its own between its two parties. On SIGTERM or Ctrl-C this script prints the bytes
+that passed as JSON.
 """
 import json
 import queue
@@ -14,11 +18,16 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import configure, die, one_of  # noqa: E402
+from configurator import configure, die, end_on_signals, one_of  # noqa: E402
+
+if __name__ == "__main__":
+    end_on_signals()
+
+from private.meet import host_port, listen_at  # noqa: E402
 
 network = "wan"      # wan | lan
 client = ""          # HOST:PORT where the client listens
@@ -30,18 +39,26 @@ NETWORKS = {  # bits a second each way, seconds one way
     "lan": (1e9, 0.25e-3),   # 1 Gbps, 0.5 ms round trip
     "wan": (100e6, 40e-3),   # the paper's: 100 Mbps, 80 ms round trip
 }
-BACKLOG = 0.05  # seconds of traffic a pipe holds before it stops reading, as a router's buffer would fill
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+BACKLOG = 0.05   # seconds of traffic a pipe holds before it stops reading, as a full router does
+PIECE = 1 << 16  # bytes read at a time
+DIAL = 10        # seconds to reach a party
 
 
 class Pipe:
-    """One direction of the line, shared by all connections: when its last bit will have left, and the bytes that entered."""
+    """One direction of the line, shared by all connections."""
 
     def __init__(self):
-        self.free, self.bytes, self.lock = 0.0, 0, threading.Lock()
+        self.free = 0.0  # when its last bit will have left
+        self.bytes = 0   # that entered
+        self.lock = threading.Lock()
 
 
 def pump(source, sink, pipe, bandwidth, delay):
-    """Forward source to sink until it closes, each piece arriving when a line of that bandwidth and delay would bring it."""
+    """
+    Forward source to sink until it closes, each piece arriving when a line of that bandwidth (bits
+    a second) and delay (seconds) would bring it.
+    """
     pieces = queue.Queue()
 
     def deliver():
@@ -56,7 +73,7 @@ def pump(source, sink, pipe, bandwidth, delay):
 
     threading.Thread(target=deliver, daemon=True).start()
     try:
-        while data := source.recv(1 << 16):
+        while data := source.recv(PIECE):
             with pipe.lock:
                 pipe.free = max(pipe.free, time.monotonic()) + 8 * len(data) / bandwidth
                 pipe.bytes += len(data)
@@ -69,14 +86,20 @@ def pump(source, sink, pipe, bandwidth, delay):
 
 
 def forward(front, target, there, back, bandwidth, delay):
-    """Accept connections on `front` and join each to `target`: pipe `there` leads to the target, `back` from it."""
-    listener = socket.create_server(front, backlog=64)
+    """
+    Accept connections at `front` and join each to `target`: pipe `there` leads to the target,
+    `back` from it. Returns the listening socket, whose shutdown ends that.
+    """
+    listener = listen_at(*front)
 
     def accept():
         while True:
-            near, _ = listener.accept()
             try:
-                far = socket.create_connection(target, timeout=10)
+                near, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(target, timeout=DIAL)
             except OSError:  # not there yet: whoever came will try again
                 near.close()
                 continue
@@ -87,38 +110,45 @@ def forward(front, target, there, back, bandwidth, delay):
                 threading.Thread(target=pump, args=(*ends, bandwidth, delay), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
+    return listener
 
 
-def host_port(text, key):
-    """(host, port) of "HOST:PORT", whose next port must exist as well, or exit 2 with a line."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        die(f"{key} must be HOST:PORT, and is {text!r}", 2)
-    return host, int(port)
+@contextmanager
+def relay(network, client, server, client_front, server_front):
+    """
+    A line of NETWORKS between two parties, each (host, port), while the context lasts. Yields its
+    two Pipes, to the client and to the server. OSError if a front can't be listened at.
+    """
+    to_client, to_server = Pipe(), Pipe()
+    with ExitStack() as stack:
+        for step in (0, 1):  # the port of the engine's link, and the next one
+            for front, target, there, back in ((server_front, server, to_server, to_client),
+                                               (client_front, client, to_client, to_server)):
+                ends = [(host, port + step) for host, port in (front, target)]
+                listener = forward(*ends, there, back, *NETWORKS[network])
+                stack.enter_context(listener)
+                stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
+        yield to_client, to_server
 
 
 def main():
     configure(globals())
     one_of(globals(), network=NETWORKS)
-    to_client, to_server = Pipe(), Pipe()
-    ends = {key: host_port(globals()[key], f"--{key}") for key in ("client", "server", "client_front", "server_front")}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # sigwait takes them
+    keys = ("client", "server", "client_front", "server_front")
+    bandwidth, delay = NETWORKS[network]
     try:
-        for next_port in (0, 1):
-            place = {key: (host, port + next_port) for key, (host, port) in ends.items()}
-            forward(place["server_front"], place["server"], to_server, to_client, *NETWORKS[network])
-            forward(place["client_front"], place["client"], to_client, to_server, *NETWORKS[network])
+        ends = [host_port(globals()[key], f"--{key}") for key in keys]
+        with relay(network, *ends) as (to_client, to_server):
+            print(f"relay {network}: {bandwidth / 1e6:.0f} Mbps each way, "
+                  f"{1e3 * 2 * delay:g} ms round trip", flush=True)
+            signal.sigwait(ENDS)
+            passed = {"to_client": to_client.bytes, "to_server": to_server.bytes}
+            print(json.dumps(passed), flush=True)
+    except ValueError as e:
+        die(e, 2)
     except OSError as e:
-        die(f"can't listen on {client_front} and {server_front} and their next ports: {e}")
-
-    def end(*_):
-        print(json.dumps({"to_client": to_client.bytes, "to_server": to_server.bytes}), flush=True)
-        sys.exit(0)
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
-    print(f"relay {network}: {NETWORKS[network][0] / 1e6:.0f} Mbps each way, {2000 * NETWORKS[network][1]:g} ms round trip", flush=True)
-    while True:
-        signal.pause()
+        die(e)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Shared by all tests: the repository on sys.path, a way to run its scripts, and one small corpus of real Python."""
+"""Shared by all tests: the repository on sys.path, its scripts run, one small corpus of Python."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,14 +14,42 @@ sys.path.insert(0, str(ROOT))
 
 
 def run(script, *args, status=0, timeout=240):
-    """Run `python script args` from the repository and return stdout + stderr, having checked the exit status."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}  # no test waits for a network
-    done = subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, env=env, timeout=timeout,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """The stdout and stderr of `python script args` from the repository, which must end so."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test waits for a network
+    env = os.environ | offline | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, env=env, text=True,
+                          timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == status, f"exit {done.returncode}, wanted {status}:\n{done.stdout}"
     if status:
         assert "Traceback" not in done.stdout, done.stdout
     return done.stdout
+
+
+REFUSALS = """
+import contextlib, io, json, runpy, sys
+script, tries = sys.argv[1], json.loads(sys.argv[2])
+for sys.argv in tries:
+    out, err = io.TextIOWrapper(io.BytesIO()), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            status = e.code
+    print(json.dumps([status, err.getvalue()]))
+"""
+
+
+def refusals(script, tries):
+    """
+    [(exit status, stderr)] of `script` with each of `tries`, lists of arguments: in one process,
+    as most of a second is imports. A traceback in one of them fails here.
+    """
+    tries = [[script, *map(str, arguments)] for arguments in tries]
+    done = subprocess.run([sys.executable, "-c", REFUSALS, script, json.dumps(tries)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +66,28 @@ def source(tmp_path_factory):
 def data_dir(source, tmp_path_factory):
     """A data_dir with the dataset "mine", prepared from `source` with a vocabulary of 512."""
     folder = tmp_path_factory.mktemp("data")
-    run("data/prepare.py", f"--data_dir={folder}", f"--train_source={source}", "--name=mine", "--vocab_size=512")
+    run("data/prepare.py", f"--data_dir={folder}", f"--train_source={source}", "--name=mine",
+        "--vocab_size=512")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Folders for --tls: "client" and "server" signed by one authority, "stranger" by itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make certificates with")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *map(str, args)], cwd=folder, check=True, capture_output=True)
+
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
+    for name in ("client", "server", "stranger"):
+        (folder / name).mkdir()
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}/key.pem", "-out", "request.pem")
+        signer = ["-signkey", "stranger/key.pem"] if name == "stranger" else ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+        openssl("x509", "-req", "-in", "request.pem", *signer, "-out", f"{name}/cert.pem")
+        shutil.copy(folder / "ca.pem", folder / name / "ca.pem")
     return folder
 
 

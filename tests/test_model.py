@@ -1,31 +1,35 @@
-"""model.py: every flag against the equation it implements, every refusal, every count of the paper's tables."""
-import json
+"""model.py: every flag against its equation, every refusal, every count of the paper's tables."""
 import math
-import subprocess
-import sys
+from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from safetensors.torch import save_file
 
-from model import GPT, NORM_PLACES, GPTConfig, load_checkpoint, save_checkpoint
+from model import ACTIVATIONS, GPT, NORM_PLACES, GPTConfig, load_checkpoint, save_checkpoint
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8)
 SM = dict(use_layernorm=False, use_gelu=False)
+SCALED = dict(SM, fuse_ffn=True, learnable_ffn_scale=True)
 ARCHITECTURES = {
-    "SM+LN+G": {}, "SM+LN+R": dict(use_gelu=False, use_relu=True), "SM+LN": dict(use_gelu=False), "SM+G": dict(use_layernorm=False),
-    "SM+R": dict(SM, use_relu=True), "SM": SM, "SM+WNorm(FFN)": dict(SM, weight_norm="ffn"), "SM+SNorm(FFN)": dict(SM, spectral_norm="ffn"),
-    "SM+ScFFN": dict(SM, learnable_ffn_scale=True), "SM+ScFuFFN": dict(SM, fuse_ffn=True, learnable_ffn_scale=True),
-    "SM(t)+ScFuFFN": dict(SM, fuse_ffn=True, learnable_ffn_scale=True, learnable_temperature=True),
-    "SM(th)+ScFuFFN": dict(SM, fuse_ffn=True, learnable_ffn_scale=True, learnable_temperature=True, temperature_per_head=True),
+    "SM+LN+G": {},
+    "SM+LN+R": dict(use_gelu=False, use_relu=True),
+    "SM+LN": dict(use_gelu=False),
+    "SM+G": dict(use_layernorm=False),
+    "SM+R": dict(SM, use_relu=True),
+    "SM": SM,
+    "SM+WNorm(FFN)": dict(SM, weight_norm="ffn"),
+    "SM+SNorm(FFN)": dict(SM, spectral_norm="ffn"),
+    "SM+ScFFN": dict(SM, learnable_ffn_scale=True),
+    "SM+ScFuFFN": SCALED,
+    "SM(t)+ScFuFFN": dict(SCALED, learnable_temperature=True),
+    "SM(th)+ScFuFFN": dict(SCALED, learnable_temperature=True, temperature_per_head=True),
 }
 
 
 def build(seed=0, **flags):
-    """A small model in float64 and eval mode whose every parameter, gains and temperatures too, is off its initial value."""
+    """A small model in float64 and eval mode whose every parameter is off its initial value."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**SMALL, **flags})).double().eval()
     with torch.no_grad():
@@ -35,17 +39,32 @@ def build(seed=0, **flags):
 
 
 def tokens(B=3, T=16, seed=1):
-    return torch.randint(0, SMALL["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, SMALL["vocab_size"], (B, T), generator=generator)
 
 
 def by_the_equations(model, idx):
-    """Logits (T, V) and entropies (L, H, T) of one sequence, a row at a time, from eq. 1, 3, 4, 6, 7, 8 and 9."""
+    """
+    Logits (T, V) and entropies (L, H, T) of one sequence, a row at a time, from eq. 1, 3, 4, 6, 7,
+    8 and 9.
+    """
     c, T, d_k = model.config, len(idx), model.config.n_embd // model.config.n_head
 
     def ln(module, x, used=c.use_layernorm):
         return F.layer_norm(x, (c.n_embd,), module.weight, module.bias) if used else x
 
-    x, entropies = torch.stack([model.wte.weight[t] + model.wpe.weight[i] for i, t in enumerate(idx)]), []
+    def act(y):
+        if c.use_gelu:
+            return F.gelu(y)
+        return y.clamp(min=0) if c.use_relu else y
+
+    def temperature(block, head, i):
+        if not c.learnable_temperature:
+            return 1.0
+        return block.attn.temperature[head, 0 if c.temperature_per_head else i]
+
+    x = torch.stack([model.wte.weight[t] + model.wpe.weight[i] for i, t in enumerate(idx)])
+    entropies = []
     for block in model.blocks:
         h = ln(block.ln_1, x)
         Q, K = (h @ block.attn.qk.weight.T + block.attn.qk.bias).split(c.n_embd, -1)
@@ -54,8 +73,9 @@ def by_the_equations(model, idx):
             cut = slice(head * d_k, (head + 1) * d_k)
             out, ent = [], []
             for i in range(T):
-                t = block.attn.temperature[head, 0 if c.temperature_per_head else i] if c.learnable_temperature else 1.0
-                A = F.softmax(torch.stack([Q[i, cut] @ K[j, cut] / (t * math.sqrt(d_k)) for j in range(i + 1)]), 0)
+                scale = temperature(block, head, i) * math.sqrt(d_k)
+                z = torch.stack([Q[i, cut] @ K[j, cut] / scale for j in range(i + 1)])
+                A = F.softmax(z, 0)
                 out.append(sum(A[j] * V[j, cut] for j in range(i + 1)))
                 ent.append(-torch.xlogy(A, A).sum())
             heads.append(torch.stack(out))
@@ -65,22 +85,24 @@ def by_the_equations(model, idx):
         if c.fuse_ffn:
             y = h @ block.ffn.w_ffn.weight.T
         else:
-            y = h @ block.ffn.w_in.weight.T
-            y = (F.gelu(y) if c.use_gelu else y.clamp(min=0) if c.use_relu else y) @ block.ffn.w_out.weight.T
+            y = act(h @ block.ffn.w_in.weight.T) @ block.ffn.w_out.weight.T
         x = block.beta * x + y / block.alpha if c.learnable_ffn_scale else x + y
-    return ln(model.ln_f, x, c.final_layernorm) @ model.wte.weight.T, torch.stack(entropies).view(c.n_layer, c.n_head, T)
+    logits = ln(model.ln_f, x, c.final_layernorm) @ model.wte.weight.T
+    return logits, torch.stack(entropies).view(c.n_layer, c.n_head, T)
 
 
 @pytest.mark.parametrize("final_layernorm", (True, False))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_its_equations(name, final_layernorm):
-    model, idx = build(**ARCHITECTURES[name], final_layernorm=final_layernorm), tokens(T=7)
+    idx = tokens(T=7)
+    model = build(**ARCHITECTURES[name], final_layernorm=final_layernorm)
     assert model.config.name == name + ("" if final_layernorm else ", no ln_f")
     # the entropy's eps, 1e-9, is all that separates them from float64 precision
     logits, loss, entropy = model(idx, idx, return_entropy=True)
     wanted, wanted_entropy = by_the_equations(model, idx[0])
     assert torch.allclose(logits[0], wanted, atol=1e-9)
-    assert entropy.shape == (2, 3, 2, 7) and torch.allclose(entropy[:, 0], wanted_entropy, atol=1e-7)
+    assert entropy.shape == (2, 3, 2, 7)
+    assert torch.allclose(entropy[:, 0], wanted_entropy, atol=1e-7)
     fast, none, no_entropy = model(idx)  # scaled_dot_product_attention
     assert none is None and no_entropy is None and torch.allclose(fast, logits, atol=1e-9)
     assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), idx.flatten()).item())
@@ -88,21 +110,43 @@ def test_every_architecture_is_its_equations(name, final_layernorm):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_config_files_are_the_architectures(name):
-    files = {"SM+WNorm(FFN)": "sm_wnorm_ffn", "SM+SNorm(FFN)": "sm_snorm_ffn", "SM(t)+ScFuFFN": "sm_t_scfuffn", "SM(th)+ScFuFFN": "sm_th_scfuffn"}
-    path = ROOT / "config" / f"{files.get(name, name.lower().replace('+', '_'))}.py"
+    file = name.lower().replace("+", "_").replace("(t)", "_t").replace("(th)", "_th")
+    path = ROOT / "config" / f"{file.replace('norm(ffn)', 'norm_ffn')}.py"
     flags = {}
     exec(path.read_text(), {}, flags)
     assert GPTConfig(**flags).name == name
     assert 3 <= len(path.read_text().splitlines()) <= 10
 
 
+@dataclass
+class WithSiLU(GPTConfig):
+    use_silu: bool = False  # S: SiLU in the FFN
+
+
+def test_an_activation_of_your_own_is_a_flag_and_an_entry(monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "silu", ("S", torch.nn.SiLU()))
+    config = WithSiLU(**SMALL, use_gelu=False, use_silu=True)
+    model, x = GPT(config), torch.randn(5, 8)
+    ffn = model.blocks[0].ffn
+    assert config.name == "SM+LN+S" and config.activation == "silu"
+    assert torch.allclose(ffn(x), F.silu(x @ ffn.w_in.weight.T) @ ffn.w_out.weight.T, atol=1e-6)
+    assert model.nonlinear_ops()["S"] == (2, (16, 32))
+    with pytest.raises(ValueError, match="use_gelu and use_silu are both on"):
+        WithSiLU(use_silu=True)
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (dict(use_gelu=True, use_relu=True), "use_gelu and use_relu are both on"),
     (dict(fuse_ffn=True), "fuse_ffn needs an FFN without activation"),
-    (dict(use_gelu=False, use_relu=True, fuse_ffn=True), "fuse_ffn needs an FFN without activation"),
+    (dict(use_gelu=False, use_relu=True, fuse_ffn=True), "fuse_ffn needs an FFN without"),
     (dict(n_embd=10, n_head=3), "cannot be split"),
     (dict(n_layer=0), "n_layer must be at least 1"),
-    (dict(temperature_init=0.0), "temperature_init must be positive"),
+    (dict(n_layer=10**9), "n_layer must be at least 1 and at most 1024"),
+    (dict(n_head=2.0), "n_head must be int, and is 2.0"),
+    (dict(use_gelu=1), "use_gelu must be bool, and is 1"),
+    (dict(temperature_init=0.0), "temperature_init must be at least 1e-06"),
+    (dict(temperature_init=math.inf), "temperature_init must be at least 1e-06 and at most"),
+    (dict(temperature_init=math.nan), "temperature_init must be at least 1e-06 and at most"),
     (dict(weight_norm="mlp"), "weight_norm must be one of none, qk, ffn"),
     (dict(weight_norm="ffn", spectral_norm="qk"), "choose one"),
 ])
@@ -125,14 +169,15 @@ def test_too_long_a_context_is_refused():
 
 
 def test_initialisation():
-    model = GPT(GPTConfig(learnable_temperature=True, temperature_init=1e-2, learnable_ffn_scale=True))
+    model = GPT(GPTConfig(learnable_temperature=True, learnable_ffn_scale=True))
     for name, p in model.named_parameters():
         if name.endswith("temperature"):
             assert p.shape == (6, 128)
         elif name.endswith(("alpha", "beta")):
             assert p == 1
         elif name.endswith(".weight") and ".ln_" not in name and not name.startswith("ln_"):
-            assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean().item()) < 1e-3, name
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert abs(p.mean().item()) < 1e-3, name
     assert torch.allclose(model.blocks[0].attn.temperature, torch.tensor(1e-2))
     assert [n for n, _ in model.named_parameters() if n.endswith("bias") and ".0." in n] == \
         ["blocks.0.ln_1.bias", "blocks.0.ln_2.bias", "blocks.0.attn.qk.bias"]
@@ -155,10 +200,11 @@ def test_temperatures_stay_positive_under_adam():
 @pytest.mark.parametrize("place", NORM_PLACES)
 def test_norms_cover_the_linears_they_name(kind, place):
     model = GPT(GPTConfig(**SMALL, **SM, **{kind: place}))
-    normed = {name.split(".parametrizations")[0].removeprefix("blocks.0.") for name, _ in model.blocks.named_parameters(prefix="blocks")
-              if ".parametrizations." in name and name.startswith("blocks.0.")}
+    normed = {name.split(".parametrizations")[0] for name, _ in model.blocks[0].named_parameters()
+              if ".parametrizations." in name}
     letters = {"qk": "attn.qk", "v": "attn.v", "o": "attn.o", "ffn": "ffn.w_in ffn.w_out"}
-    wanted = {"none": "", "qk": "qk", "ffn": "ffn", "qk+ffn": "qk ffn", "qkv+ffn": "qk v ffn", "qkvo+ffn": "qk v o ffn"}[place]
+    wanted = {"none": "", "qk": "qk", "ffn": "ffn", "qk+ffn": "qk ffn", "qkv+ffn": "qk v ffn",
+              "qkvo+ffn": "qk v o ffn"}[place]
     assert normed == {linear for part in wanted.split() for linear in letters[part].split()}
 
 
@@ -167,123 +213,78 @@ def test_norms_do_what_they_say():
     with torch.no_grad():
         for _ in range(50):  # power iterations happen in training mode
             spectral.train()(tokens())
-    assert torch.linalg.matrix_norm(spectral.eval().blocks[0].ffn.w_in.weight, 2).item() == pytest.approx(1, abs=1e-3)
+    w_in = spectral.eval().blocks[0].ffn.w_in.weight
+    assert torch.linalg.matrix_norm(w_in, 2).item() == pytest.approx(1, abs=1e-3)
     weight = GPT(GPTConfig(**SMALL, **SM, weight_norm="ffn")).blocks[0].ffn.w_in
     with torch.no_grad():
         weight.parametrizations.weight.original0.fill_(2.0)  # the gain: the norm of each row
     assert torch.allclose(weight.weight.norm(dim=1), torch.tensor(2.0))
 
 
-@pytest.mark.parametrize("flags", [dict(learnable_temperature=True, learnable_ffn_scale=True), dict(SM, weight_norm="qkvo+ffn"),
-                                   dict(SM, spectral_norm="ffn"), dict(bias=True)])
+@pytest.mark.parametrize("flags", [
+    dict(learnable_temperature=True, learnable_ffn_scale=True),
+    dict(SM, weight_norm="qkvo+ffn"),
+    dict(SM, spectral_norm="ffn"),
+    dict(bias=True),
+])
 def test_weight_decay_spares_all_but_matrices(flags):
     model = GPT(GPTConfig(**SMALL, **flags))
     decayed, spared = ({id(p) for p in group["params"]} for group in model.param_groups(0.1))
     assert [group["weight_decay"] for group in model.param_groups(0.1)] == [0.1, 0.0]
     for name, p in model.named_parameters():
-        gain = any(word in name for word in ("bias", "ln_", "temperature", "alpha", "beta", "original0"))
+        spares = ("bias", "ln_", "temperature", "alpha", "beta", "original0")
+        gain = any(word in name for word in spares)
         assert (id(p) in spared) == gain and (id(p) in decayed) == (not gain), name
 
 
 BASE = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
 
 
-# Every cell of SPEC's section 5: layers, T, FFN FLOPs with and without fusion, attention FLOPs (all in 1e9)
-@pytest.mark.parametrize("L, T, ffn, fused, attn", [(12, 128, 14.5, 1.8, 7.7), (12, 256, 29.0, 3.6, 16.3), (18, 128, 21.7, 2.7, 11.6),
-                                                    (12, 512, 58.0, 7.3, 36.2)])
+# Every cell of the paper's tables, in 1e9: FFN FLOPs with and without fusion, attention FLOPs
+@pytest.mark.parametrize("L, T, ffn, fused, attn", [
+    (12, 128, 14.5, 1.8, 7.7),
+    (12, 256, 29.0, 3.6, 16.3),
+    (18, 128, 21.7, 2.7, 11.6),
+    (12, 512, 58.0, 7.3, 36.2),
+])
 def test_counts_are_the_published_tables(L, T, ffn, fused, attn):
-    def counts(**flags):
-        with torch.device("meta"):  # counts need no weights
-            model = GPT(GPTConfig(**{**BASE, "n_layer": L, "block_size": T, **flags}))
-        return model.nonlinear_ops(), {k: v / 1e9 for k, v in model.flops().items()}
-
     softmax = {"SM": (L * 12, (T, T))}
     ln = {"LN": (2 * L, (T, 768))}
-    def published(**cells):  # printed to 0.1; the paper rounds 7.248 up to 7.3, hence a little more than half a digit
-        return pytest.approx(cells, abs=0.053)
-
-    for flags, ops, ffn_flops in (({}, softmax | ln | {"G": (L, (T, 3072))}, ffn),
-                                  (ARCHITECTURES["SM+LN+R"], softmax | ln | {"R": (L, (T, 3072))}, ffn),
-                                  (ARCHITECTURES["SM+ScFuFFN"], softmax, fused), (ARCHITECTURES["SM(t)+ScFuFFN"], softmax, fused)):
-        ours, flops = counts(**flags)
-        assert ours == ops and flops == published(ffn=ffn_flops, attn=attn)
+    for name, ops, ffn_flops in (("SM+LN+G", softmax | ln | {"G": (L, (T, 3072))}, ffn),
+                                 ("SM+LN+R", softmax | ln | {"R": (L, (T, 3072))}, ffn),
+                                 ("SM+ScFuFFN", softmax, fused),
+                                 ("SM(t)+ScFuFFN", softmax, fused)):
+        sizes = {**BASE, "n_layer": L, "block_size": T}
+        with torch.device("meta"):  # counts need no weights
+            model = GPT(GPTConfig(**sizes, **ARCHITECTURES[name]))
+        assert model.nonlinear_ops() == ops
+        # printed to 0.1, and the paper rounds 7.248 up to 7.3: a little more than half a digit
+        flops = {part: count / 1e9 for part, count in model.flops().items()}
+        assert flops == pytest.approx({"ffn": ffn_flops, "attn": attn}, abs=0.053)
 
 
 def test_generate():
     model, prompt = build(), tokens(B=2, T=5)
-    out = model.generate(prompt, 20, generator=torch.Generator().manual_seed(0))  # runs past block_size
-    assert out.shape == (2, 25) and torch.equal(out[:, :5], prompt) and (out < SMALL["vocab_size"]).all()
-    assert torch.equal(out, model.generate(prompt, 20, generator=torch.Generator().manual_seed(0)))
+
+    def generate(n):
+        return model.generate(prompt, n, generator=torch.Generator().manual_seed(0))
+
+    out = generate(20)  # runs past block_size
+    assert out.shape == (2, 25) and torch.equal(out[:, :5], prompt)
+    assert (out < SMALL["vocab_size"]).all()
+    assert torch.equal(out, generate(20))
     greedy = model.generate(prompt, 3, temperature=0)
     for t in (5, 6, 7):
         assert torch.equal(greedy[:, t], model(greedy[:, :t])[0][:, -1].argmax(-1))
     assert torch.equal(model.generate(prompt, 3, top_k=1), greedy)
+    assert torch.equal(model.generate(prompt, 3, temperature=1e-40), greedy)  # and not NaN
     with pytest.raises(ValueError, match="token 50, outside the vocabulary of 50"):
         model.generate(torch.tensor([[50]]), 1)
     with pytest.raises(ValueError, match="empty"):
         model.generate(torch.zeros(1, 0, dtype=torch.long), 1)
 
 
-# ------------------------------------------------------------------------------------------------ GPT-2 weights
-def gpt2_file(folder, prefix="", d=128, V=60, T=12, L=2):
-    """A small random GPT-2 in Hugging Face's layout: matrices (in, out), q, k and v in one, mask buffers beside them."""
-    g = torch.Generator().manual_seed(0)
-    r = lambda *shape: 0.1 * torch.randn(*shape, generator=g)
-    t = {"wte.weight": r(V, d), "wpe.weight": r(T, d), "ln_f.weight": 1 + r(d), "ln_f.bias": r(d)}
-    for i in range(L):
-        for name, a, b in (("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d), ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)):
-            t |= {f"h.{i}.{name}.weight": r(a, b), f"h.{i}.{name}.bias": r(b)}
-        for name in ("ln_1", "ln_2"):
-            t |= {f"h.{i}.{name}.weight": 1 + r(d), f"h.{i}.{name}.bias": r(d)}
-        t[f"h.{i}.attn.bias"] = torch.ones(T, T).tril().view(1, 1, T, T)
-    save_file({prefix + name: tensor.contiguous() for name, tensor in t.items()}, folder / "model.safetensors")
-    return {name: tensor.double().numpy() for name, tensor in t.items()}
-
-
-def gpt2_by_numpy(t, idx, n_head, L=2):
-    """GPT-2's forward pass on that layout, in float64 NumPy: an implementation of its own."""
-    norm = lambda x, p: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * t[p + ".weight"] + t[p + ".bias"]
-    dense = lambda x, p: x @ t[p + ".weight"] + t[p + ".bias"]
-    gelu = lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    x = t["wte.weight"][idx] + t["wpe.weight"][:len(idx)]
-    for i in range(L):
-        heads = []
-        for q, k, v in zip(*(np.split(z, n_head, -1) for z in np.split(dense(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), 3, -1))):
-            s = q @ k.T / np.sqrt(q.shape[-1]) - 1e10 * (1 - np.tri(len(idx)))
-            a = np.exp(s - s.max(-1, keepdims=True))
-            heads.append(a / a.sum(-1, keepdims=True) @ v)
-        x = x + dense(np.concatenate(heads, -1), f"h.{i}.attn.c_proj")
-        x = x + dense(gelu(dense(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
-    return norm(x, "ln_f") @ t["wte.weight"].T
-
-
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_gpt2_weights(tmp_path, prefix):
-    theirs, idx = gpt2_file(tmp_path, prefix), np.arange(12) * 5
-    wanted = gpt2_by_numpy(theirs, idx, n_head=2)
-    for path in (tmp_path, tmp_path / "model.safetensors"):
-        model = GPT.from_gpt2(str(path))  # no config.json: heads of 64, as in every released GPT-2
-        assert model.config.n_head == 2 and model.config.bias and model.config.block_size == 12
-        assert np.abs(model(torch.tensor(idx)[None])[0][0].detach().numpy() - wanted).max() < 1e-4
-    (tmp_path / "config.json").write_text(json.dumps({"n_head": 4}))
-    four = GPT.from_gpt2(str(tmp_path))
-    assert np.abs(four(torch.tensor(idx)[None])[0][0].detach().numpy() - gpt2_by_numpy(theirs, idx, 4)).max() < 1e-4
-    assert four(torch.tensor(idx)[None], return_entropy=True)[2].shape == (2, 1, 4, 12)
-
-
-def test_gpt2_weights_refused(tmp_path, monkeypatch):
-    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="does not hold a GPT-2"):
-        GPT.from_gpt2(str(tmp_path))
-    save_file({"wte.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="does not hold a GPT-2"):
-        GPT.from_gpt2(str(tmp_path))
-    code = "from model import GPT\ntry: GPT.from_gpt2('no-such/gpt2')\nexcept FileNotFoundError as e: print(e)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}, capture_output=True, text=True)
-    assert "no file or folder 'no-such/gpt2'" in done.stdout and "pass their folder" in done.stdout, done.stderr
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------ checkpoints
 def test_checkpoint_round_trip(tmp_path):
     path = str(tmp_path / "ckpt.pt")
     model = GPT(GPTConfig(**SMALL, **dict(SM, weight_norm="ffn"))).eval()
@@ -302,8 +303,55 @@ def test_broken_checkpoints_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_checkpoint(str(path))
-    with pytest.raises(OSError, match="can't write"):
-        save_checkpoint(str(tmp_path / "no" / "folder.pt"), GPT(GPTConfig(**SMALL)))
     torch.save({"other": 1}, path)
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_checkpoint(str(path))
+
+
+def test_a_checkpoint_that_lacks_what_is_asked_for_is_refused(tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), step=3)
+    with pytest.raises(ValueError, match="ckpt.pt has no 'optimizer'"):
+        load_checkpoint(path, "step", "optimizer")
+
+
+@pytest.mark.parametrize("config", [
+    {"n_layer": 10**9}, {"n_head": 2.0}, {"n_layer": 3}, {"n_embd": 16}, {"other": 1}, 5,
+])
+def test_a_checkpoint_whose_config_is_not_its_weights_is_refused(config, tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)))
+    content = torch.load(path, weights_only=True)
+    content["model_config"] = {**content["model_config"], **config} if config != 5 else 5
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        load_checkpoint(path)
+
+
+def test_loading_copies_into_a_model_whatever_the_file_marks(tmp_path):
+    """An optimizer made before would else go on with parameters that are the model's no more."""
+    path = str(tmp_path / "ckpt.pt")
+    model = GPT(GPTConfig(**SMALL))
+    save_checkpoint(path, model)
+    before = list(model.parameters())
+    model.load_state_dict(load_checkpoint(path)["model"])
+    assert all(p is q for p, q in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("place, cause", [
+    ("no/ckpt.pt", "No such file or directory"),
+    ("ckpt.pt", "No space left on device"),
+])
+def test_a_checkpoint_that_cannot_be_written_names_file_and_cause(place, cause, tmp_path):
+    (tmp_path / "ckpt.pt").write_text("the old one")
+    (tmp_path / "ckpt.pt.tmp").symlink_to("/dev/full")  # every write to it fails as on a full disk
+    with pytest.raises(OSError, match=f"can't write .*{place}: {cause}"):
+        save_checkpoint(str(tmp_path / place), GPT(GPTConfig(**SMALL)))
+    assert (tmp_path / "ckpt.pt").read_text() == "the old one"
+
+
+def test_no_half_checkpoint_is_left_on_a_full_disk(tmp_path):
+    (tmp_path / "ckpt.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError):
+        save_checkpoint(str(tmp_path / "ckpt.pt"), GPT(GPTConfig(**SMALL)))
+    assert list(tmp_path.iterdir()) == []

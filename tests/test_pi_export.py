@@ -10,9 +10,10 @@ from test_model import ARCHITECTURES, SMALL, build, tokens
 jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
-from pi_export import export, load_weights  # noqa: E402
+from pi_export import export  # noqa: E402
 from private.block import (  # noqa: E402
     HEAD, WORDS, block, ffn, forward, head, last_block, linear, logits, now, row_masks, weights_of)
+from private.files import load_weights  # noqa: E402
 from private.nonlinear import EXACT, SECURE  # noqa: E402
 from private.plain import plain_block, plain_export, plain_head  # noqa: E402
 

@@ -1,6 +1,5 @@
 """relay.py: what a link's bandwidth and delay do to a transfer, timed."""
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -10,23 +9,25 @@ import time
 import pytest
 from conftest import ROOT, run
 
+from private.meet import free_addresses, host_port
 from private.relay import NETWORKS
 
 
 @pytest.mark.parametrize("network, megabytes", [("wan", 4), ("lan", 32)])
 def test_a_transfer_takes_its_time(network, megabytes):
-    """The client sends bytes through the relay and the server answers one: a round trip, and the bytes over the bandwidth."""
+    """
+    The client sends bytes through the relay and the server answers one: that takes a round trip, and
+    the bytes over the bandwidth.
+    """
     bandwidth, delay = NETWORKS[network]
-    client, server, client_front, server_front = (f"127.0.0.1:{21000 + os.getpid() % 30000 + 2 * i}" for i in range(4))
-
-    def port(address):
-        return "127.0.0.1", int(address.split(":")[1])
-
-    listener = socket.create_server(port(server))
-    relay = subprocess.Popen([sys.executable, ROOT / "private/relay.py", f"--network={network}", f"--client={client}", f"--server={server}",
-                              f"--client_front={client_front}", f"--server_front={server_front}"], stdout=subprocess.PIPE, text=True)
+    keys = ("client", "server", "client_front", "server_front")
+    places = dict(zip(keys, free_addresses(4)))
+    arguments = [f"--{key}={place}" for key, place in places.items()]
+    listener = socket.create_server(host_port(places["server"], "server"))
+    relay = subprocess.Popen([sys.executable, ROOT / "private/relay.py", f"--network={network}",
+                              *arguments], stdout=subprocess.PIPE, text=True)
     assert relay.stdout.readline().startswith(f"relay {network}: ")
-    near = socket.create_connection(port(server_front))
+    near = socket.create_connection(host_port(places["server_front"], "server_front"))
     far, _ = listener.accept()
 
     def exchange(size):

@@ -1,126 +1,128 @@
 """train.py as a user runs it: real runs on real (small) data, and every way a run can go wrong."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, refusals, run
 
-TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False"]
+TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32",
+        "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False"]
 EREG = ["config/ereg_sm_t_scfuffn.py", *TINY]
+FOR_EVER = ["--max_iters=100000", "--log_interval=1"]
 
 
 def records(out_dir):
     return [json.loads(line) for line in open(out_dir / "log.jsonl")]
 
 
+def of_kind(event, out_dir):
+    return [r for r in records(out_dir) if r["event"] == event]
+
+
+def content(out_dir):
+    return torch.load(out_dir / "ckpt.pt", weights_only=True)
+
+
 def weights(out_dir):
-    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    return {**checkpoint["model"], **checkpoint["regularizer"]}
+    return {**content(out_dir)["model"], **content(out_dir)["regularizer"]}
 
 
+def resume(out_dir, data_dir, *args, status=0):
+    return run("train.py", "--device=cpu", f"--out_dir={out_dir}", f"--data_dir={data_dir}",
+               "--init_from=resume", *args, status=status)
+
+
+def start(out_dir, data_dir, *args):
+    """A run that goes on for ever, for a test to break."""
+    args = [sys.executable, "train.py", *args, f"--data_dir={data_dir}", f"--out_dir={out_dir}"]
+    return subprocess.Popen([*args, *FOR_EVER], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def rest_of(process):
+    """(what it still printed, its errors), once it has ended."""
+    with process:
+        return process.stdout.read(), process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The out_dir of a run of two steps, to be copied by who breaks it."""
+    out_dir = tmp_path_factory.mktemp("finished")
+    run("train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=2")
+    return out_dir
+
+
+@pytest.fixture
+def out_dir(finished, tmp_path):
+    """A copy of `finished`."""
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------ what it does
 def test_a_real_run_learns(data_dir, tmp_path):
-    out = run("train.py", "config/sm_scfuffn.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=50",
-              "--eval_interval=25", "--learning_rate=1e-2", "--sample_tokens=5", "--plot=True")
-    log = records(tmp_path)
-    evals = [r for r in log if r["event"] == "eval"]
+    out = run("train.py", "config/sm_scfuffn.py", *TINY, f"--data_dir={data_dir}",
+              f"--out_dir={tmp_path}", "--max_iters=50", "--eval_interval=25",
+              "--learning_rate=1e-2", "--sample_tokens=5", "--plot=True")
+    evals, steps = of_kind("eval", tmp_path), of_kind("step", tmp_path)
     assert [r["step"] for r in evals] == [0, 25, 50]
-    assert evals[0]["val_ppl"] == pytest.approx(512, rel=0.05)  # nothing learned: uniform over the vocabulary
+    assert evals[0]["val_ppl"] == pytest.approx(512, rel=0.05)  # uniform over the vocabulary
     assert evals[2]["val_ppl"] < evals[1]["val_ppl"] < 0.6 * evals[0]["val_ppl"]
     assert np.array(evals[2]["head_entropy"]).shape == (2, 2)
-    steps = [r for r in log if r["event"] == "step"]
-    assert [r["step"] for r in steps] == [10, 20, 30, 40, 50] and all(r["entropy_term"] == 0 and r["loss"] == r["ce"] for r in steps)
-    done = log[-1]
-    assert done["event"] == "done" and done["val_ppl"] == evals[2]["val_ppl"] and done["arch"] == "SM+ScFuFFN" and done["tokens"] == 50 * 8 * 32
+    assert [r["step"] for r in steps] == [10, 20, 30, 40, 50]
+    assert all(r["entropy_term"] == 0 and r["loss"] == r["ce"] for r in steps)
+    done = records(tmp_path)[-1]
+    assert done["event"] == "done" and done["val_ppl"] == evals[2]["val_ppl"]
+    assert done["arch"] == "SM+ScFuFFN" and done["tokens"] == 50 * 8 * 32
     assert done["sample"].startswith("def") and done["sample"] in out
-    for text in ("device cpu", "SM+ScFuFFN", "unigram", "nonlinear ops: SM 4 x 32x32", "tok/s", "left"):
+    for text in ("device cpu", "unigram", "nonlinear ops: SM 4 x 32x32", "tok/s", "left"):
         assert text in out, out
+    assert "entropy term" not in out  # there is none
+    assert (tmp_path / "entropy.png").exists()
 
 
 def test_entropy_regularization_is_trained(data_dir, tmp_path):
-    run("train.py", *EREG, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=30", "--learning_rate=1e-2", "--log_interval=1")
-    steps = [r for r in records(tmp_path) if r["event"] == "step"]
-    assert all(r["entropy_term"] > 0 and r["loss"] == pytest.approx(r["ce"] + r["entropy_term"], rel=1e-5) for r in steps)
+    out = run("train.py", *EREG, f"--data_dir={data_dir}", f"--out_dir={tmp_path}",
+              "--max_iters=30", "--learning_rate=1e-2", "--log_interval=1")
+    steps = of_kind("step", tmp_path)
+    for r in steps:
+        assert r["entropy_term"] > 0
+        assert r["loss"] == pytest.approx(r["ce"] + r["entropy_term"], rel=1e-5)
     assert steps[-1]["entropy_term"] < 0.5 * steps[0]["entropy_term"]
+    assert f"(ce {steps[-1]['ce']:.4f}, entropy term {steps[-1]['entropy_term']:.4f})" in out
     learned = weights(tmp_path)
-    assert (learned["threshold"] != 0.5).all() and (learned["blocks.0.attn.log_temperature"] != np.log(1e-2)).any()
+    assert (learned["threshold"] != 0.5).all()
+    assert (learned["blocks.0.attn.log_temperature"] != np.log(1e-2)).any()
 
 
-@pytest.mark.parametrize("arch", ["ereg_sm_t_scfuffn", "sm_snorm_ffn"])  # thresholds; power-iteration buffers
+@pytest.mark.parametrize("arch", ["ereg_sm_t_scfuffn", "sm_snorm_ffn"])  # thresholds; buffers
 def test_resume_is_bit_for_bit(arch, data_dir, tmp_path):
     """20 straight steps against 10, a new process, and 10 more; gradient accumulation included."""
-    args = [f"config/{arch}.py", *TINY, f"--data_dir={data_dir}", "--lr_decay_iters=20", "--grad_accum=2", "--log_interval=1"]
+    args = [f"config/{arch}.py", *TINY, f"--data_dir={data_dir}", "--lr_decay_iters=20",
+            "--grad_accum=2", "--log_interval=1"]
     run("train.py", *args, f"--out_dir={tmp_path / 'a'}", "--max_iters=20")
     run("train.py", *args, f"--out_dir={tmp_path / 'b'}", "--max_iters=10")
-    out = run("train.py", f"--out_dir={tmp_path / 'b'}", f"--data_dir={data_dir}", "--device=cpu", "--init_from=resume", "--max_iters=20")
+    out = resume(tmp_path / "b", data_dir, "--max_iters=20")
     assert "resuming at step 10 of 20" in out  # all other settings came from the checkpoint
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    losses = [{r["step"]: r["loss"] for r in records(tmp_path / d) if r["event"] == "step"} for d in "ab"]
+    losses = [{r["step"]: r["loss"] for r in of_kind("step", tmp_path / d)} for d in "ab"]
     assert losses[0] == losses[1] and len(losses[0]) == 20
-
-
-@pytest.mark.parametrize("which, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_run_goes_on(which, status, data_dir, tmp_path):
-    args = [sys.executable, "train.py", *EREG, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=100000", "--log_interval=1"]
-    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as p:
-        for line in p.stdout:
-            if line.startswith("step") and line.split()[1].startswith("7/"):
-                p.send_signal(which)
-                break
-        p.stdout.read()
-        err = p.stderr.read()
-    assert p.returncode == status and "go on with --init_from=resume" in err and "Traceback" not in err
-    step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
-    assert step >= 7 and f"saved step {step}" in err
-    run("train.py", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--device=cpu", "--init_from=resume", f"--max_iters={step + 3}")
-    assert [r["step"] for r in records(tmp_path) if r["event"] == "step"] == list(range(1, step + 4))
-
-
-def test_a_removed_out_dir_loses_no_weights(data_dir, tmp_path):
-    out_dir = tmp_path / "out"
-    args = [sys.executable, "train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=100000", "--log_interval=1"]
-    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as p:
-        next(line for line in p.stdout if line.startswith("step"))
-        shutil.rmtree(out_dir)
-        p.send_signal(signal.SIGTERM)
-        p.stdout.read()
-    assert p.returncode == 143 and torch.load(out_dir / "ckpt.pt", weights_only=True)["step"] > 0
-
-
-def test_divergence_is_reported_and_the_last_good_checkpoint_kept(data_dir, tmp_path):
-    """Softmax alone, 12 layers deep and too fast: deep layers collapse and the gradient overflows within seconds."""
-    out = run("train.py", "config/sm.py", "--device=cpu", "--dataset=mine", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--n_layer=12", "--n_head=4",
-              "--n_embd=256", "--block_size=64", "--batch_size=2", "--learning_rate=1e-2", "--warmup=0", "--eval_windows=2", "--log_interval=1",
-              "--max_iters=200", "--eval_interval=1000", status=3)
-    last = out.strip().splitlines()[-1]
-    assert last.startswith("diverged: the ") and "not finite at step" in last and "lowest in layer" in last
-    assert "entropy collapse" in last and "stays in" in last
-    record = records(tmp_path)[-1]
-    assert record["event"] == "diverged" and len(record["entropy_by_layer"]) == 12
-    assert min(record["entropy_by_layer"]) < 0.5 < max(record["entropy_by_layer"])  # collapsed below, while others still attend
-    assert all(w.isfinite().all() for w in weights(tmp_path).values())
-
-
-def test_pieces_are_trained_without_looking_over_their_edge(data_dir, source, tmp_path):
-    run("data/prepare.py", f"--data_dir={tmp_path}", f"--train_source={source}", "--name=mine", "--vocab_size=300", "--piece=32")
-    val = tmp_path / "mine" / "val.bin"
-    val.write_bytes(val.read_bytes()[:2 * 32])  # one piece is one window: what follows it is no one's to know
-    meta = tmp_path / "mine" / "meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_tokens": 32}))
-    run("train.py", *TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=5", "--plot=False")
-    run("plot.py", f"--out_dir={tmp_path / 'out'}")
-    seen, last = json.loads((tmp_path / "out" / "entropy.json").read_text())[0], [r for r in records(tmp_path / "out") if r["event"] == "eval"][-1]
-    assert torch.allclose(torch.tensor(seen["head_entropy"]), torch.tensor(last["head_entropy"]), atol=1e-3)
-    out = run("train.py", *TINY, "--block_size=16", f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out2'}", status=1)
-    assert "cut into pieces of 32 tokens and block_size is 16" in out
 
 
 def test_an_earlier_run_is_moved_aside(data_dir, tmp_path):
@@ -129,19 +131,140 @@ def test_an_earlier_run_is_moved_aside(data_dir, tmp_path):
     first = (tmp_path / "ckpt.pt").read_bytes()
     assert "moved to" in run("train.py", *args, "--max_iters=3")
     second = (tmp_path / "ckpt.pt").read_bytes()
-    run("train.py", *args, "--max_iters=1", "--eval_interval=1")
-    assert (tmp_path / "ckpt.pt.old1").read_bytes() == first and (tmp_path / "ckpt.pt.old2").read_bytes() == second
-    # going on with another length: said, and the log keeps one line a step although it had run ahead and broken off
-    with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"event": "step", "step": 1, "loss": 9')
-    out = run("train.py", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--device=cpu", "--init_from=resume", "--max_iters=4", "--log_interval=1",
-              "--weight_decay=0.3", "--beta1=0.8")
+    run("train.py", *args, "--max_iters=1")
+    assert (tmp_path / "ckpt.pt.old1").read_bytes() == first
+    assert (tmp_path / "ckpt.pt.old2").read_bytes() == second
+
+
+def test_resuming_mends_the_log_and_obeys_the_command_line(out_dir, data_dir):
+    """The log had run ahead of the checkpoint, was damaged, and broke off within a line."""
+    with open(out_dir / "log.jsonl", "ab") as f:
+        f.write(b'{"event": "step", "step": 3, "loss": 9}\n\xff\xfe\n{"event": "step", "ste')
+    out = resume(out_dir, data_dir, "--max_iters=4", "--log_interval=1", "--weight_decay=0.3",
+                 "--beta1=0.8")
     assert "stretches the learning rate's decay" in out
-    assert [r["step"] for r in records(tmp_path) if r["event"] == "step"] == [1, 2, 3, 4]
-    group = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"][0]
-    assert group["weight_decay"] == 0.3 and group["betas"] == (0.8, 0.999)  # what the command line says is what is used
+    assert [r["step"] for r in of_kind("step", out_dir)] == [2, 3, 4]
+    assert all(r["loss"] < 9 for r in of_kind("step", out_dir))
+    group = content(out_dir)["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.3 and group["betas"] == (0.8, 0.999)
 
 
+def test_a_checkpoint_from_before_final_layernorm_resumes(data_dir, tmp_path):
+    """Then one flag stood for both; neither the settings nor the model's have the new one."""
+    run("train.py", "config/sm.py", *TINY, "--final_layernorm=False", f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path}", "--max_iters=1")
+    old = content(tmp_path)
+    del old["settings"]["final_layernorm"], old["model_config"]["final_layernorm"]
+    torch.save(old, tmp_path / "ckpt.pt")
+    assert "SM, no ln_f: " in resume(tmp_path, data_dir, "--max_iters=2")
+
+
+def test_pieces_are_trained_without_looking_over_their_edge(data_dir, source, tmp_path):
+    run("data/prepare.py", f"--data_dir={tmp_path}", f"--train_source={source}", "--name=mine",
+        "--vocab_size=300", "--piece=32")
+    val, meta = tmp_path / "mine" / "val.bin", tmp_path / "mine" / "meta.json"
+    val.write_bytes(val.read_bytes()[:2 * 32])  # one piece is one window, with nothing after it
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_tokens": 32}))
+    out_dir = tmp_path / "out"
+    run("train.py", *TINY, f"--data_dir={tmp_path}", f"--out_dir={out_dir}", "--max_iters=5")
+    run("plot.py", f"--out_dir={out_dir}")
+    seen = json.loads((out_dir / "entropy.json").read_text())[0]["head_entropy"]
+    last = of_kind("eval", out_dir)[-1]["head_entropy"]
+    assert torch.allclose(torch.tensor(seen), torch.tensor(last), atol=1e-3)
+    out = run("train.py", *TINY, "--block_size=16", f"--data_dir={tmp_path}",
+              f"--out_dir={tmp_path / 'out2'}", status=1)
+    assert "cut into pieces of 32 tokens and block_size is 16" in out
+
+
+# ------------------------------------------------------------------------------------ how it ends
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_the_run_goes_on(which, data_dir, tmp_path):
+    process = start(tmp_path, data_dir, *EREG)
+    wait_for(process, " 7/")
+    process.send_signal(which)
+    _, err = rest_of(process)
+    assert process.returncode == 128 + which
+    assert "go on with --init_from=resume" in err and "Traceback" not in err
+    step = content(tmp_path)["step"]
+    assert step >= 7 and f"saved step {step}" in err
+    resume(tmp_path, data_dir, f"--max_iters={step + 3}")
+    assert [r["step"] for r in of_kind("step", tmp_path)] == list(range(1, step + 4))
+
+
+def test_a_signal_is_obeyed_within_an_evaluation(data_dir, tmp_path):
+    process = start(tmp_path, data_dir, *TINY, "--eval_windows=100000", "--batch_size=1")
+    wait_for(process, "training 100000 steps")
+    process.send_signal(signal.SIGTERM)
+    out, err = rest_of(process)
+    assert process.returncode == 143 and "saved step 0" in err
+    assert out == ""  # not even the first evaluation came to its end
+    assert content(tmp_path)["step"] == 0
+
+
+def test_a_reader_that_is_gone_saves_as_a_signal_does(data_dir, tmp_path):
+    """What `python train.py | head -1` does, and a terminal that is closed."""
+    process = start(tmp_path, data_dir, *TINY)
+    wait_for(process, "training 100000 steps")
+    process.stdout.close()
+    assert "saved step" in process.stderr.read()
+    assert process.wait() == 128 + signal.SIGPIPE
+    assert content(tmp_path)["step"] >= 0
+
+
+def test_a_removed_out_dir_loses_no_weights(data_dir, tmp_path):
+    process = start(tmp_path / "out", data_dir, *TINY)
+    wait_for(process, " 1/")
+    shutil.rmtree(tmp_path / "out")
+    process.send_signal(signal.SIGTERM)
+    rest_of(process)
+    assert process.returncode == 143 and content(tmp_path / "out")["step"] > 0
+
+
+def test_a_second_run_in_one_out_dir_is_refused(data_dir, tmp_path):
+    process = start(tmp_path, data_dir, *TINY)
+    wait_for(process, " 1/")
+    out = run("train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", status=1)
+    assert "another train.py is writing there" in out.strip().splitlines()[-1]
+    process.send_signal(signal.SIGTERM)
+    rest_of(process)
+    steps = [r["step"] for r in of_kind("step", tmp_path)]
+    assert steps == list(range(1, content(tmp_path)["step"] + 1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "log.jsonl"]
+
+
+def test_divergence_is_reported_and_the_last_good_checkpoint_kept(data_dir, tmp_path):
+    """Softmax alone, 12 layers deep and too fast: deep layers collapse, the gradient overflows."""
+    out = run("train.py", "config/sm.py", "--device=cpu", "--dataset=mine", "--n_layer=12",
+              f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--n_head=4", "--n_embd=256",
+              "--block_size=64", "--batch_size=2", "--learning_rate=1e-2", "--warmup=0",
+              "--eval_windows=2", "--log_interval=1", "--max_iters=200", "--eval_interval=1000",
+              status=3)
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("diverged: the ") and "not finite at step" in last
+    assert "lowest in layer" in last and "entropy collapse" in last and "stays in" in last
+    record = records(tmp_path)[-1]
+    entropies = record["entropy_by_layer"]
+    assert record["event"] == "diverged" and len(entropies) == 12
+    assert min(entropies) < 0.5 < max(entropies)  # collapsed below, while others still attend
+    assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+def test_a_huge_perplexity_is_not_80_digits(data_dir, tmp_path):
+    out = run("train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=2",
+              "--warmup=0", "--learning_rate=90")
+    assert of_kind("eval", tmp_path)[-1]["val_ppl"] > 1e9
+    assert not re.search(r"\d{12}\.", out), out
+
+
+def test_a_character_that_the_terminal_lacks_ends_nothing(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out = run("train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=1",
+              "--sample_tokens=1", "--sample_prompt=é")
+    assert "--- a sample\n?" in out
+    assert records(tmp_path)[-1]["sample"].startswith("é")
+
+
+# ---------------------------------------------------------------------------------- what it refuses
 MISTAKES = [
     (["--n_layers=3"], 2, "unknown key 'n_layers', did you mean 'n_layer'?"),
     (["--n_layer=three"], 2, "n_layer must be int"),
@@ -151,60 +274,148 @@ MISTAKES = [
     (["--reduction=max"], 2, "reduction must be one of"),
     (["--batch_size=0"], 2, "batch_size must be at least 1"),
     (["--grad_clip=-1"], 2, "grad_clip must be at least 0"),
-    (["--beta2=1"], 2, "beta2 must be at least 0 and below 1"),
+    (["--beta2=1"], 2, "beta2 must be at least 0 and at most 0.999999999"),
     (["--max_iters=1e999"], 2, "max_iters must be int"),
+    (["--seed=1e30"], 2, "seed must be at least 0 and at most 9223372036854775807"),
+    (["--n_layer=1e9"], 2, "n_layer must be at least 1 and at most 1024"),
+    (["--n_embd=1e20"], 2, "n_embd must be at least 1 and at most 65536"),
+    (["--vocab_size=1e30"], 2, "vocab_size must be at least 1 and at most 16777216"),
+    (["--batch_size=1e9"], 2, "batch_size must be at least 1 and at most 1048576"),
+    (["--warmup=5"], 2, "warmup must be at least 0 and at most 1, and is 5.0"),
+    (["--warmup=1e308"], 2, "warmup must be at least 0 and at most 1"),
+    (["--learning_rate=nan"], 2, "learning_rate must be float"),
+    (["--n_layer=1000", "--n_embd=65536"], 2, "n_embd=65536 and batch_size=8 take 824,"),
+    (["--batch_size=1048576", "--vocab_size=16777216"], 2, "GB at least, and cpu has"),
     (["--sample_tokens=5", "--sample_prompt="], 2, "sample_prompt is empty"),
-    (["--init_from=gpt2"], 2, "init_from must be scratch or resume"),
+    (["--init_from=gpt2"], 2, "init_from must be one of 'scratch', 'resume'"),
     (["--init_from=resume"], 1, "no checkpoint at"),
     (["--dataset=nowhere"], 1, "--name=nowhere --train_source=FOLDER --data_dir="),
-    (["--dataset=codeparrot_t256", "--block_size=256"], 1, "--corpus=codeparrot --piece=256 --name=codeparrot_t256"),
+    (["--dataset=codeparrot_t256", "--block_size=256"], 1,
+     "--corpus=codeparrot --piece=256 --name=codeparrot_t256"),
     (["--vocab_size=100"], 1, "ends at 99: leave vocab_size=0"),
     (["--block_size=100000"], 1, "one window takes 100001"),
     (["--device=cuda:99"], 1, "device 'cuda:99' can't be used"),
-    (["--vocab_size=2000000000"], 1, "out of memory: a smaller batch_size"),
     (["--out_dir=/dev/null/out"], 1, "can't write to /dev/null/out"),
-] + [(["--log_to=tensorboard"], 1, "pip install tensorboard")] * (find_spec("tensorboard") is None)
+]
+if find_spec("tensorboard") is None:
+    MISTAKES.append((["--log_to=tensorboard"], 1, "pip install tensorboard"))
 
 
 def test_one_line_says_what_is_wrong(data_dir, tmp_path):
-    def try_one(mistake):
-        args, status, line = mistake
-        out = run("train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *args, status=status)
-        last = out.strip().splitlines()[-1]
-        assert last.startswith("error: ") and line in last, (args, out)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(try_one, MISTAKES))
+    usual = [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"]
+    told = refusals("train.py", [[*usual, *args] for args, _, _ in MISTAKES])
+    for (args, status, line), (code, err) in zip(MISTAKES, told):
+        assert code == status, (args, err)
+        assert err.startswith("error: ") and err.count("\n") == 1 and line in err, (args, err)
     assert not (tmp_path / "ckpt.pt").exists()
 
 
-def test_a_full_disk_loses_nothing(data_dir, tmp_path):
+def limited(folder, resource, most):
+    """A config file that limits train.py's process; `used` in `most` is its bytes by then."""
+    path = folder / "limited.py"
+    path.write_text("import resource as _r\n"
+                    "_pages = int(open('/proc/self/statm').read().split()[0])\n"
+                    "_most = lambda used: " + most + "\n"
+                    f"_r.setrlimit(_r.{resource}, (_most(_pages * _r.getpagesize()),) * 2)\n")
+    return path
+
+
+def test_too_little_memory_is_one_line(data_dir, tmp_path):
+    little = limited(tmp_path, "RLIMIT_AS", "used + 2**29")
+    out = run("train.py", little, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}",
+              "--batch_size=10000", status=1)
+    assert "error: out of memory: a smaller batch_size" in out.strip().splitlines()[-1]
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun would train the same model several times" in run("train.py", status=1)
+
+
+def test_a_full_disk_loses_nothing(out_dir, data_dir):
     """/dev/full stands in for the disk: every write to it fails as on a full one."""
-    run("train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=2")
-    before = (tmp_path / "ckpt.pt").read_bytes()
-    (tmp_path / "ckpt.pt.tmp").symlink_to("/dev/full")
-    out = run("train.py", "--device=cpu", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--init_from=resume", "--max_iters=4", status=1)
-    assert "error: can't write" in out and "untouched" in out and (tmp_path / "ckpt.pt").read_bytes() == before
+    before = (out_dir / "ckpt.pt").read_bytes()
+    (out_dir / "ckpt.pt.tmp").symlink_to("/dev/full")
+    last = resume(out_dir, data_dir, "--max_iters=4", status=1).strip().splitlines()[-1]
+    assert last.startswith("error: can't write ") and "ckpt.pt: No space left on device" in last
+    assert f"The last good checkpoint stays in {out_dir}/ckpt.pt" in last
+    assert (out_dir / "ckpt.pt").read_bytes() == before
 
 
-def test_damaged_files_are_named(data_dir, tmp_path):
-    mine = tmp_path / "mine"
-    shutil.copytree(data_dir / "mine", mine)
-    args = [*TINY, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}"]
-    run("train.py", *args, "--max_iters=2")
-    resume = ["--device=cpu", f"--out_dir={tmp_path / 'out'}", f"--data_dir={tmp_path}", "--init_from=resume"]
-    assert "trained with n_embd=32: resume can't change it to 64" in run("train.py", *resume, "--n_embd=64", status=2)
-    # other data than the checkpoint's
+def test_a_disk_full_from_the_start_claims_no_checkpoint(data_dir, tmp_path):
+    command = [sys.executable, "train.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (f"error: can't write {tmp_path}/ckpt.pt: File too large. "
+                           "No checkpoint was written yet\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]  # and no ckpt.pt.tmp
+
+
+def test_a_log_that_cannot_be_written_is_one_line(data_dir, tmp_path):
+    out = run("train.py", limited(tmp_path, "RLIMIT_FSIZE", "0"), *TINY, f"--data_dir={data_dir}",
+              f"--out_dir={tmp_path / 'out'}", status=1)
+    assert out.splitlines()[-1] == (f"error: can't write {tmp_path}/out/log.jsonl: File too large. "
+                                    "No checkpoint was written yet")
+
+
+def test_damaged_data_are_named(out_dir, data_dir, tmp_path):
+    mine = shutil.copytree(data_dir / "mine", tmp_path / "mine")
     meta = json.loads((mine / "meta.json").read_text())
     (mine / "meta.json").write_text(json.dumps(meta | {"sha256": "0" * 64}))
-    assert "was trained on other data" in run("train.py", *resume, status=1)
+    assert "was trained on other data" in resume(out_dir, tmp_path, status=1)
     (mine / "meta.json").write_text("{}")
-    assert "is damaged (KeyError" in run("train.py", *resume, status=1)
+    assert "is damaged" in resume(out_dir, tmp_path, status=1)
     (mine / "meta.json").write_text(json.dumps(meta))
-    # a truncated bin, then a truncated checkpoint
     with open(mine / "train.bin", "r+b") as f:
         f.truncate(1000)
-    assert "is damaged" in run("train.py", *resume, status=1)
-    with open(tmp_path / "out" / "ckpt.pt", "r+b") as f:
-        f.truncate(5000)
-    assert "not a whole checkpoint" in run("train.py", *resume, status=1)
+    assert "is damaged" in resume(out_dir, tmp_path, status=1)
+
+
+# What a checkpoint may be damaged into, or made into by someone hostile: {key: value}, the line
+DAMAGED = [
+    *(({key: None}, f"has no {key!r}") for key in
+      ("settings", "optimizer", "regularizer", "rng", "step", "data_sha256")),
+    ({"settings": 5}, "'int' object is not a mapping"),
+    ({"settings": {"max_iters": "x"}}, "max_iters must be int"),
+    ({"settings": {"learning_rate": 1e30}}, "learning_rate must be at least 0 and at most"),
+    ({"step": -1}, "can't be resumed from (ValueError: step -1)"),
+    ({"step": "x"}, "can't be resumed from"),
+    ({"rng": torch.zeros(3)}, "can't be resumed from"),
+    ({"optimizer": {}}, "can't be resumed from"),
+    ({"optimizer": {"state": {}}}, "can't be resumed from"),
+    ({"optimizer": {"state": {0: {"step": torch.tensor(2.0), "exp_avg": torch.zeros(3),
+                                  "exp_avg_sq": torch.zeros(3)}}}}, "can't be resumed from"),
+]
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line(finished, data_dir, tmp_path):
+    tries = []
+    for i, (changes, _) in enumerate(DAMAGED):
+        whole = content(finished) | changes
+        os.mkdir(tmp_path / str(i))
+        torch.save({k: v for k, v in whole.items() if v is not None}, tmp_path / str(i) / "ckpt.pt")
+        tries.append(["--device=cpu", f"--out_dir={tmp_path / str(i)}", f"--data_dir={data_dir}",
+                      "--init_from=resume"])
+    for (changes, line), (code, err) in zip(DAMAGED, refusals("train.py", tries)):
+        assert code in (1, 2), (changes, err)
+        assert err.startswith("error: ") and err.count("\n") == 1 and line in err, (changes, err)
+
+
+def test_what_a_checkpoint_fixes_is_not_changed_by_a_flag(out_dir, data_dir):
+    out = resume(out_dir, data_dir, "--n_embd=64", status=2)
+    assert "trained with n_embd=32: resume can't change it to 64" in out
+
+
+def test_a_hostile_checkpoint_overwrites_nothing(out_dir, data_dir, tmp_path):
+    """Its settings name a file of the user's for every global that is a path, or was one once."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    hostile = content(out_dir)
+    paths = ("out_dir", "ckpt_path", "log_path", "plot_path", "data_dir", "run", "HERE", "save")
+    hostile["settings"] |= {key: str(victim) for key in paths}
+    torch.save(hostile, out_dir / "ckpt.pt")
+    resume(out_dir, data_dir, "--max_iters=3")
+    assert victim.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "victim"]
+    assert content(out_dir)["step"] == 3

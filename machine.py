@@ -1,0 +1,75 @@
+"""What the machine can do: device, type of the matrix products, torch.compile, memory."""
+import ctypes
+import os
+
+import torch
+
+from model import cpu_bf16_unit
+
+
+def choose_device(name="auto"):
+    """`name`, or the fastest device there is for "auto". Raises ValueError if it can't be used."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        torch.zeros(1, device=name)
+    except Exception as e:  # torch raises AssertionError, RuntimeError or NotImplementedError
+        raise ValueError(f"device {name!r} can't be used: {str(e).splitlines()[0]}") from e
+    return name
+
+
+def choose_machine(device, dtype, compile):
+    """
+    (device, type of the matrix products, whether to compile, a sentence that says so) for the
+    settings of train.py that have these names. Raises ValueError if the device can't be used.
+    """
+    device = choose_device(device)
+    kind = torch.device(device).type
+    fast, why = False, "bf16 untested there"
+    if kind == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        why = torch.cuda.get_device_name(device)
+        if dtype != "float32":
+            torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    elif kind == "cpu":
+        keep_memory()
+        unit = cpu_bf16_unit()
+        fast = bool(unit)
+        bf16 = f"{unit} makes bf16 fast" if unit else "no AMX or AVX512-BF16: bf16 would be slower"
+        why = f"{torch.get_num_threads()} threads, {bf16}"
+    narrow = dtype == "bfloat16" or dtype == "auto" and fast
+    matmul_dtype = torch.bfloat16 if narrow else torch.float32
+    compiled = compile == "yes" or compile == "auto" and kind == "cuda"
+    how = "torch.compile" if compiled else "eager"
+    told = f"device {device} ({why}), {str(matmul_dtype).removeprefix('torch.')} matmuls, {how}"
+    return device, matmul_dtype, compiled, told
+
+
+def keep_memory():
+    """Have glibc reuse freed memory rather than give it back, which saves a CPU run some time."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # not glibc
+    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GB
+    mallopt(-2, 2**28)  # M_TOP_PAD: grow by 256 MB at once
+
+
+def check_memory(config, batch_size, device):
+    """
+    Raise ValueError if not even the weights with their gradients and AdamW's two moments, and the
+    logits of one batch, fit into the device's memory.
+    """
+    c = config
+    weights = c.n_layer * c.n_embd**2 * (5 if c.fuse_ffn else 12)  # Q, K, V, O and the FFN
+    weights += (c.vocab_size + c.block_size) * c.n_embd
+    least = 4 * 4 * weights + 4 * batch_size * c.block_size * c.vocab_size  # of 4 bytes each
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.device(device).type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    if least > memory:
+        raise ValueError(f"n_layer={c.n_layer}, n_embd={c.n_embd} and batch_size={batch_size} take "
+                         f"{least / 1e9:,.0f} GB at least, and {device} has {memory / 1e9:,.0f}")

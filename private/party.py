@@ -1,0 +1,270 @@
+"""
+One party's run: load what is its own, meet the others, compute with them, tell.
+
+A namespace `s` holds bench_spu.py's settings by their names. Whatever a user can cause is raised as
+ValueError, OSError or RuntimeError with a sentence, and run_party() makes that one line.
+"""
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(HERE)
+    from configurator import end_on_signals
+    end_on_signals()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from private.engine import Engine  # noqa: E402
+from private.files import load_embedding, load_public, load_server, write_whole  # noqa: E402
+from private.infer import infer  # noqa: E402
+from private.meet import (ROLES, end_now, greet, host_port, listen_at, quit_now,  # noqa: E402
+                          warn_of_readers)
+
+AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides model and code
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STEP = 10  # times --timeout that a step may take while the other party shows signs of life
+
+
+# ------------------------------------------------------------------------------ what a party holds
+def tokenizer_of(public):
+    from data.prepare import load_tokenizer
+    return load_tokenizer(public["tokenizer"])
+
+
+def prompt_tokens(s, public):
+    """The client's token ids (n,). ValueError if there are none or the model can't take them."""
+    vocabulary, context = public["config"]["vocab_size"], public["config"]["block_size"]
+    if s.prompt_ids:
+        if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", s.prompt_ids):
+            raise ValueError(f"--prompt_ids must be like 1,2,3, and is {s.prompt_ids!r}")
+        ids = [int(i) for i in s.prompt_ids.split(",")]
+    elif public["tokenizer"]:
+        ids = tokenizer_of(public).encode_ordinary(s.prompt)
+    elif s.archs:  # random weights take a random prompt
+        ids = np.random.default_rng(s.seed).integers(0, vocabulary, context)
+    else:
+        raise ValueError("this model has no tokenizer for --prompt: give --prompt_ids=1,2,3")
+    if not len(ids):
+        raise ValueError("the prompt is empty: give --prompt")
+    if len(ids) > context:
+        raise ValueError(f"the prompt has {len(ids)} tokens and the model's context is {context}: "
+                         "shorten it")
+    return in_vocabulary(np.array(ids), vocabulary, "the prompt")
+
+
+def in_vocabulary(ids, size, what):
+    if ids.max() >= size:
+        raise ValueError(f"{what} has token {ids.max()}, outside the model's vocabulary of {size}")
+    return ids
+
+
+def held_out(s, public):
+    """(windows, T + 1) token ids, spread over a .bin of uint16 tokens: inputs and targets."""
+    path, context = s.windows_file, public["config"]["block_size"]
+    try:
+        tokens = np.fromfile(path, np.uint16).astype(np.int64)
+    except OSError as e:
+        raise OSError(f"can't read held-out text for --windows: {e}; give --windows_file") from e
+    if len(tokens) < context + 1:
+        raise ValueError(f"{path} has {len(tokens)} tokens, and a window takes {context + 1}")
+    starts = np.linspace(0, len(tokens) - context - 1, s.windows).astype(int)
+    texts = np.stack([tokens[start:start + context + 1] for start in starts])
+    return in_vocabulary(texts, public["config"]["vocab_size"], path)
+
+
+def check_layers(s, public):
+    if s.measure_layers == 1 and public["embedding"] != "private":
+        raise ValueError("--measure_layers must be 0 or at least 2 with a public embedding: the "
+                         "first layer, its input the client's own, is cheaper than the rest")
+
+
+def load_own(s):
+    """(public, weights, ids, texts) of a party, None for what isn't its own to hold."""
+    weights = ids = texts = None
+    if s.role == "server":
+        public, weights = load_server(s.private)
+        warn_of_readers(os.path.join(s.private, "server.npz"))
+    else:
+        public = load_public(s.public)
+    check_layers(s, public)
+    if s.role == "client":
+        ids = prompt_tokens(s, public)
+        texts = held_out(s, public) if s.windows else None
+        if public["embedding"] != "private":
+            weights = load_embedding(os.path.dirname(s.public), public)
+    return public, weights, ids, texts
+
+
+def agreement(s, public):
+    """What the parties compare when they meet: any difference would make garbage of the result."""
+    import jax
+    import spu
+
+    def digest(content):
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    code = [HERE / "model.py", HERE / "pi_export.py", *sorted((HERE / "private").glob("*.py"))]
+    same = {
+        "model": digest(json.dumps(public, sort_keys=True).encode()),
+        "code": digest(b"".join(path.read_bytes() for path in code)),
+        "SPU version": spu.__version__,
+        "jax version": jax.__version__,
+    }
+    return same | {name: getattr(s, name) for name in AGREED}
+
+
+# ------------------------------------------------------------------------------ what it tells
+def totals(costs):
+    """The costs of infer() added up: in all, and by kind of operation."""
+    by_kind = {}
+    for kind, times, cost in costs:
+        by_kind[kind] = by_kind.get(kind, 0) + times * cost
+    total = sum(by_kind.values())
+    return {
+        "bytes_total": int(total[0]),
+        "bytes_by_kind": {kind: int(cost[0]) for kind, cost in by_kind.items()},
+        "bytes_of_truncations": int(total[3]),
+        "rounds": int(total[1]),
+        "rounds_by_kind": {kind: int(cost[1]) for kind, cost in by_kind.items()},
+        "seconds": float(total[2]),
+        "seconds_by_kind": {kind: float(cost[2]) for kind, cost in by_kind.items()},
+    }
+
+
+def next_token(s, public, revealed, say):
+    """The token that was revealed, or that the revealed logits favour, if all layers were run."""
+    layers = public["config"]["n_layer"]
+    if 0 < s.measure_layers < layers:
+        return {"measured_layers": s.measure_layers}
+    token = int(revealed.argmax() if s.reveal == "logits" else revealed)
+    text = ""
+    if public["tokenizer"] and token < tokenizer_of(public).n_vocab:  # else it is padding of V
+        text = repr(tokenizer_of(public).decode([token]))
+    say(f"next token: {token} {text}")
+    return {"measured_layers": layers, "token": token}
+
+
+def perplexity(logits, targets):
+    """exp of the mean cross-entropy: logits (N, T, V), targets (N, T)."""
+    logits = torch.from_numpy(logits).double().flatten(0, 1)
+    targets = torch.from_numpy(targets).flatten()
+    return torch.nn.functional.cross_entropy(logits, targets).exp().item()
+
+
+def write_json(path, value):
+    write_whole(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+def keep(s, result, revealed, of_windows):
+    """Write the client's result, and the revealed logits of a whole model, where asked for."""
+    if s.json:
+        write_json(s.json, result)
+    if s.logits_file and "token" in result and s.reveal == "logits":
+        windows = np.array(of_windows, np.float32)
+        write_whole(s.logits_file, lambda f: np.savez(f, next=revealed, windows=windows))
+
+
+# ------------------------------------------------------------------------------ the run
+def one_party(s):
+    """Meet, compute, tell. The client prints the next token and writes its result."""
+    rank = ROLES.index(s.role)
+    public, weights, ids, texts = load_own(s)
+    addresses = s.peer.split(",")
+    addresses.insert(rank, s.listen)
+    listen_at(*host_port(s.listen, "--listen")).close()  # SPU has no words for a port that is taken
+    session, farewell = greet(rank, addresses, agreement(s, public), s.connect_timeout, s.timeout,
+                              s.tls)
+    started = time.time()
+    engine = Engine(rank, addresses, s.protocol, STEP * s.timeout, s.connect_timeout / 2, s.tls,
+                    s.plain, session)
+    engine.terminal.reconfigure(errors="backslashreplace")
+
+    def say(line):
+        print(line, file=engine.terminal, flush=True)
+
+    def told(stage, costs):
+        megabytes = sum(cost[0] for _, _, cost in costs) / 1e6
+        say(f"{stage:<24} {megabytes:10.1f} MB {time.time() - started:8.1f} s")
+
+    revealed, costs = infer(engine, public, weights, ids, told, s.measure_layers, s.reveal)
+    result = totals(costs) | {"seconds_wall": time.time() - started}
+    of_windows = []
+    if s.role == "client":
+        result |= next_token(s, public, revealed, say)
+        keep(s, result, revealed, of_windows)  # a window may fail yet
+    for i in range(s.windows):
+        def told_of_window(stage, costs, name=f"window {i + 1}/{s.windows}, "):
+            told(name + stage, costs)
+
+        text = None if texts is None else texts[i, :-1]
+        logits, _ = infer(engine, public, weights, text, told_of_window, every_row=True)
+        of_windows.append(logits)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # The client names no memory of its own to the others: it could tell of its text.
+    others = farewell({s.role: peak} if s.role == "server" else {})
+    if s.role == "client":
+        peaks = {name: value for word in others for name, value in word.items()}
+        result["peak_memory_bytes"] = {"client": peak} | peaks
+        if s.windows:
+            result["windows"] = s.windows
+            result["secure_perplexity"] = perplexity(np.array(of_windows), texts[:, 1:])
+            say(f"perplexity of {s.windows} windows: {result['secure_perplexity']:.2f}")
+        keep(s, result, revealed, of_windows)
+
+
+def end_at_once_on_signals():
+    """
+    Ctrl-C, SIGTERM and SIGHUP end this process with a line even while C++ is at work in the main
+    thread, where Python's own handlers would wait for the end of the step.
+    """
+    came, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.detach())
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+
+    def wait():
+        number = came.recv(1)[0]
+        end_now(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run_party(s):
+    """one_party() as all that is left of this process, which ends here: with status 0 or a line."""
+    end_at_once_on_signals()
+    try:
+        one_party(s)
+    except (OSError, ValueError) as e:
+        quit_now(e)
+    except RuntimeError as e:  # SPU's
+        time.sleep(1)  # if another party has died, the thread that watches it says so better
+        words = [line.strip() for line in str(e).replace("what:", "").splitlines() if line.strip()]
+        cure = f" (a step may take {STEP} times --timeout)" if "timeout" in str(e) else ""
+        quit_now(f"SPU stopped: {words[0] if words else type(e).__name__}{cure}")
+    sys.stderr.flush()
+    # SPU's threads outlive main(), and freeing what they use has ended runs by SIGSEGV.
+    os._exit(0)
+
+
+def end_with_parent():
+    sys.stdin.read()
+    quit_now("the run that started this party has ended")
+
+
+if __name__ == "__main__":  # a party of role both: its settings are the first line of its stdin
+    settings = SimpleNamespace(**json.loads(sys.stdin.readline() or end_with_parent()))
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    run_party(settings)

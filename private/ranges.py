@@ -1,0 +1,177 @@
+"""
+Do a model's numbers fit the engine? It has 18 fraction bits of 64, products up to 2^26, and a
+LayerNorm for rows near a given unit. Two parties on two machines never see what the clear would
+give, so that pi_export.py asks here, before any private run.
+"""
+import math
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from private.block import HEAD, block, head, last_block, logits, row_masks, weights_of
+from private.files import PRODUCT, check_weights
+from private.nonlinear import CENTRE, EPSILON, EXACT
+
+STEP = 2.0**-18            # the engine's resolution,
+EMBEDDING_STEP = 2.0**-16  # and that of embeddings, see infer.py
+NEAR = 1 / 16              # share of a limit that is warned of, since other text may go further
+BLURRED, GARBLED = 0.05, 0.5  # error of a row of logits by rounding, of its spread: warned, refused
+LEAST_ROW = 1 / 32         # rows that secure_normalise() holds for: standard deviation in units
+TEXT, RANDOM = 4, 2        # contexts of either that are tried
+TINY = 1e-30               # so that 0 / 0 is 0
+CURE = "train it with more weight decay, a lower learning rate or temperatures nearer 1"
+
+
+def check_range(c, arrays, text=None):
+    """
+    The units of the 2 L + 1 LayerNorms of a model of GPTConfig c that was exported as `arrays`, a
+    list of powers of two; 1.0 where there is none. text: token ids it may be asked about.
+
+    Raises ValueError, naming layer, figure and cure, if the engine would garble the model, and
+    warns on stderr if it may. Certain for all text: every weight is a number that the engine holds.
+    Tried on contexts of the text, of random tokens and of the largest and smallest embeddings, and
+    so not certain for others: products stay below 2^26, rows within LayerNorm's range, and rounding
+    to 2^-18 after every step hardly changes the logits. Errors of nonlinear.py's forms don't count.
+    """
+    check_weights(arrays)
+    if "blocks.0.qkv" not in arrays:  # plain.py's, whose formulas have ranges of their own
+        return [1.0] * (2 * c.n_layer + 1)
+    watch = Watch(c.n_layer)
+    with jax.experimental.enable_x64():
+        follow(watch, c, arrays, contexts(c, arrays["wte"], text))
+    judge_products(watch)
+    judge_rounding(watch)
+    return [unit_of(rows, i, c.n_embd) for i, rows in enumerate(watch.rows)]
+
+
+# --------------------------------------------------------------------------------- a pass, watched
+class Both(NamedTuple):
+    """A value twice: as it is, and as the engine rounds it."""
+    exact: jax.Array
+    rounded: jax.Array
+
+
+class Watch:
+    """The op() of a pass in the clear over values of Both: notes how far each step's numbers go."""
+
+    def __init__(self, n_layer):
+        self.largest = {}  # (layer, step): the largest number
+        self.blur = {}     # (layer, step): the error of rounding in a row, of the numbers' size
+        self.rows = [[] for _ in range(2 * n_layer + 1)]  # standard deviations into each LayerNorm
+        self.enter("", 0)
+
+    def enter(self, layer, first_norm):
+        self.layer = layer
+        self.first_norm = first_norm
+        self.norms = 0
+
+    def __call__(self, kind, function, *values, **static):
+        if function is EXACT.normalise:  # ln_1 and ln_2 in turn, or ln_f
+            which = min(self.first_norm + self.norms % 2, len(self.rows) - 1)
+            self.rows[which].extend(np.asarray(values[0].exact.std(-1)))
+            self.norms += 1
+        exact = function(*(value.exact for value in values), **static)
+        rounded = on_grid(function(*(value.rounded for value in values), **static), STEP)
+        error = jnp.sqrt(((rounded - exact) ** 2).mean(-1))
+        size = exact.std(-1) if function is logits else jnp.sqrt((exact**2).mean())
+        step = self.layer, function.__name__
+        reach = np.nan_to_num(jnp.abs(exact).max(), nan=np.inf, posinf=np.inf)
+        self.largest[step] = max(self.largest.get(step, 0.0), float(reach))
+        self.blur[step] = max(self.blur.get(step, 0.0), float((error / (size + TINY)).max()))
+        return Both(exact, rounded)
+
+
+def on_grid(a, step):
+    return jnp.round(a / step) * step
+
+
+def both(a, step=STEP):
+    a = jnp.asarray(a, jnp.float64)
+    return Both(a, on_grid(a, step))
+
+
+def contexts(c, wte, text):
+    """Lists of T token ids each: of the text, at random, and those of extreme embeddings."""
+    T, V = c.block_size, c.vocab_size
+    found = list(np.random.default_rng(0).integers(0, V, (RANDOM, T)))
+    by_size = np.argsort(np.linalg.norm(wte, axis=1))
+    found += [np.resize(by_size[:T], T), np.resize(by_size[-T:], T)]
+    if text is not None and len(text) >= T:
+        if text.max() >= V:
+            raise ValueError(f"the text has token {text.max()}, outside the vocabulary of {V}")
+        starts = np.linspace(0, len(text) - T, TEXT).astype(int)
+        found += [text[start:start + T] for start in starts]
+    return found
+
+
+def follow(watch, c, arrays, contexts):
+    """Take all contexts through the model by layers, the last both whole and by its one row."""
+    def weights(*prefixes):
+        mine = {name: both(a) for name, a in arrays.items() if name.startswith(prefixes)}
+        return weights_of(mine, *prefixes)
+
+    def embedded(ids):
+        found = both(arrays["wte"][ids], EMBEDDING_STEP)
+        return Both(found.exact + wpe.exact, found.rounded + wpe.rounded)
+
+    wpe = both(arrays["wpe"])
+    last, seen = (both(mask) for mask in row_masks(c.block_size - 1, c.block_size))
+    xs = [embedded(ids) for ids in contexts]
+    for i in range(c.n_layer):
+        watch.enter(f"layer {i + 1}", 2 * i)
+        w = weights(f"blocks.{i}.")
+        if i == c.n_layer - 1:
+            rows = [last_block(watch, x, last, seen, w, c, EXACT) for x in xs]
+        xs = [block(watch, x, w, c, EXACT) for x in xs]
+    watch.enter("the head", 2 * c.n_layer)
+    w = weights(*HEAD)
+    for x in xs + rows:
+        head(watch, x, w, c, EXACT)
+
+
+# ----------------------------------------------------------------------------------------- verdicts
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def judge_products(watch):
+    (layer, step), largest = max(watch.largest.items(), key=lambda item: item[1])
+    figures = f"{layer}'s {step} reach {largest:.1e}, and a private run holds {PRODUCT:.1e}"
+    if not largest < PRODUCT:
+        raise ValueError(f"{figures}: {CURE}")
+    if largest > NEAR * PRODUCT:
+        warn(f"{figures}: other text may go further")
+
+
+def judge_rounding(watch):
+    blur = watch.blur["the head", "logits"]
+    if blur < BLURRED:
+        return
+    layer, step = next(step for step, error in watch.blur.items() if error >= BLURRED)
+    figures = (f"from {layer}'s {step} on, rounding to 18 bits changes a row of logits by "
+               f"{blur:.1%} of its spread")
+    if not blur < GARBLED:
+        raise ValueError(f"{figures}, and a private run would be wrong: {CURE}")
+    warn(figures)
+
+
+def unit_of(rows, i, d):
+    """
+    The power of two in the middle of rows' standard deviations, or nearer the largest: beyond the
+    range these are lost, and the smallest only inexact. i: the LayerNorm's place among 2 L + 1.
+    """
+    if not rows:
+        return 1.0
+    least, most = max(min(rows), math.sqrt(EPSILON)), max(rows)
+    unit = max(math.sqrt(least * most), NEAR * most)
+    unit = 2.0 ** round(math.log2(unit))
+    if unit > CENTRE / (STEP * math.sqrt(d)):
+        raise ValueError(f"layer {i // 2 + 1}'s LayerNorm has rows of standard deviation {most:.1e}"
+                         f", more than a private run can scale: {CURE}")
+    if least < LEAST_ROW * unit:
+        warn(f"layer {i // 2 + 1}'s LayerNorm has rows of standard deviation {least:.1e} to "
+             f"{most:.1e}: the smallest will be inexact")
+    return unit
