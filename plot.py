@@ -349,8 +349,8 @@ def look(path):
     """
     describe() of a checkpoint, its entropies measured on the validation set it was trained beside.
 
-    Raises OSError or ValueError if checkpoint or log can't be read or the data is another one now;
-    open_dataset() ends the program with a line if the data is missing or damaged.
+    Raises OSError or ValueError if checkpoint, log or data can't be read or the data is another one
+    now.
     """
     checkpoint = load_checkpoint(path)
     settings = {"data_dir": "data", "dataset": "pycode", "seed": None}

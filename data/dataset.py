@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import die
 from data.tokenizer import EOT, encode_batch, load_tokenizer
 
 BATCH = 512        # documents tokenized at a time
@@ -96,10 +95,11 @@ def open_dataset(data_dir, dataset, block_size):
     What prepare.py wrote into data_dir/dataset: (train tokens, val tokens, meta.json,
     tokenizer.json, its tokenizer), the tokens as memory maps.
 
-    Ends the program with one line if it is missing, unreadable, damaged or changed since, or of no
-    use to a model of block_size.
+    Raises OSError if it is missing or unreadable, ValueError if it is damaged, changed since or of
+    no use to a model of block_size, each with a sentence.
     """
     folder = os.path.join(data_dir, dataset)
+    again = "delete that folder and prepare it again"
     try:
         meta, spec = (json.loads(Path(folder, name).read_text(encoding="utf-8"))
                       for name in ("meta.json", "tokenizer.json"))
@@ -110,20 +110,21 @@ def open_dataset(data_dir, dataset, block_size):
         if not (type(piece) is int and 0 <= piece and 0 < meta["vocab_size"] <= 2**16):
             raise ValueError("meta.json tells of an impossible piece or vocab_size")
     except FileNotFoundError as e:
-        if e.filename and e.filename.endswith("meta.json"):
-            die(f"no dataset in {folder}: {how_to_prepare(data_dir, dataset, block_size)}")
-        die(f"the dataset in {folder} lacks {os.path.basename(e.filename)}: delete that folder and "
-            "prepare it again")
+        name = os.path.basename(e.filename)
+        if name == "meta.json":
+            how = how_to_prepare(data_dir, dataset, block_size)
+            raise FileNotFoundError(f"no dataset in {folder}: {how}") from e
+        raise FileNotFoundError(f"the dataset in {folder} lacks {name}: {again}") from e
     except OSError as e:
-        die(f"can't read the dataset in {folder}: {e}")
+        raise OSError(f"can't read the dataset in {folder}: {e}") from e
     except (ValueError, KeyError, TypeError) as e:
-        die(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete that folder and "
-            "prepare it again")
+        raise ValueError(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): "
+                         f"{again}") from e
     if piece not in (0, block_size):
-        die(f"{folder} is cut into pieces of {piece} tokens and block_size is {block_size}: "
-            f"prepare it with --piece={block_size}")
+        raise ValueError(f"{folder} is cut into pieces of {piece} tokens and block_size is "
+                         f"{block_size}: prepare it with --piece={block_size}")
     least = block_size if piece else block_size + 1  # a piece has no next token
     if min(sizes) < least:
-        die(f"{folder} has a part of only {min(sizes)} tokens, and one window takes {least}: "
-            "prepare more text")
+        raise ValueError(f"{folder} has a part of only {min(sizes)} tokens, and one window takes "
+                         f"{least}: prepare more text")
     return *bins, meta, spec, encoding

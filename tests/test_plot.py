@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import run
 
+from data.dataset import hash_bins, map_bins
 from entropy import max_causal_entropy
 from model import GPT, GPTConfig
 from plot import aligned, describe, diagnosis, draw, read_log
@@ -51,7 +52,7 @@ def is_a_picture(path):
 
 @pytest.mark.parametrize("arguments, status, sentence", [
     (["--out_dir=nowhere"], 1, "no checkpoint at nowhere/ckpt.pt"),
-    (["--windows=0"], 2, "windows must be at least 1"),
+    (["--windows=-1"], 2, "windows must be at least 1"),
     (["--out_dir={0}", "--png=nowhere/a.png"], 2, "png must be a .png in a folder that exists"),
     (["--out_dir={0}", "--png={0}/folder.png"], 1, "folder.png"),
     (["--ckpt={0}/half.pt"], 1, "not a whole checkpoint"),
@@ -60,24 +61,35 @@ def test_one_line_says_what_is_wrong(arguments, status, sentence, trained):
     folder = trained[0]
     (folder / "folder.png").mkdir(exist_ok=True)
     (folder / "half.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:5000])
-    out = run("plot.py", *(a.format(folder) for a in arguments), "--windows=2", status=status)
+    out = run("plot.py", "--windows=2", *(a.format(folder) for a in arguments), status=status)
     assert sentence in out.splitlines()[-1]
     assert not list(folder.glob("*.tmp"))
 
 
-def test_other_data_than_the_models_is_refused(trained, data_dir):
-    """The same number of other tokens, and meta.json true of them."""
-    bins, meta = data_dir / "mine" / "val.bin", data_dir / "mine" / "meta.json"
-    whole, told = bins.read_bytes(), meta.read_text()
+@pytest.fixture
+def other_tokens(data_dir):
+    """The dataset with its validation tokens in another order; as it was, afterwards."""
+    path = data_dir / "mine" / "val.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[2:] + whole[:2])
+    yield data_dir / "mine"
+    path.write_bytes(whole)
+
+
+def test_data_that_was_changed_is_refused(trained, other_tokens):
+    """At equal size, so that their hash alone tells."""
+    out = run("plot.py", f"--out_dir={trained[0]}", status=1)
+    assert "train.bin or val.bin is not as it was prepared" in out
+
+
+def test_other_data_than_the_models_is_refused(trained, other_tokens):
+    meta = other_tokens / "meta.json"
+    told = meta.read_text()
+    meta.write_text(told.replace(json.loads(told)["sha256"], hash_bins(map_bins(other_tokens))))
     try:
-        meta.write_text(told.replace(json.loads(told)["sha256"], "0" * 64))
-        assert "val.bin" in run("plot.py", f"--out_dir={trained[0]}", status=1)
-        meta.write_text(told)
-        bins.write_bytes(whole[2:] + whole[:2])
-        assert "sha256" in run("plot.py", f"--out_dir={trained[0]}", status=1)
+        assert "other data than" in run("plot.py", f"--out_dir={trained[0]}", status=1)
     finally:
         meta.write_text(told)
-        bins.write_bytes(whole)
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"3\n", b'{"event": "eval"}\n'])
@@ -108,10 +120,11 @@ def test_heads_are_counted_as_in_the_paper():
     assert (r["overloaded_heads"], r["overloaded_layers"]) == (4, [0])
     assert (r["collapsed_heads"], r["collapsed_layers"]) == (3, [2])
     overload, collapse = diagnosis(r)
-    assert overload == ("entropy overload: 4 of 12 heads (33%) in the top quarter, 2.85 to 3.80 nats; "
-                        "half or more of layer 0; 3 within 5% of a causal head's maximum, 3.88")
-    assert collapse == ("entropy collapse: 3 of 12 heads (25%) in the bottom quarter, 0 to 0.95 nats; "
-                        "half or more of layer 2")
+    assert overload == ("entropy overload: 4 of 12 heads (33%) in the top quarter, 2.85 to 3.80 "
+                        "nats; half or more of layer 0; "
+                        "3 within 5% of a causal head's maximum, 3.88")
+    assert collapse == ("entropy collapse: 3 of 12 heads (25%) in the bottom quarter, 0 to 0.95 "
+                        "nats; half or more of layer 2")
 
 
 def test_a_diverged_model_is_refused():
