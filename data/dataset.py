@@ -10,8 +10,20 @@ from tqdm import tqdm
 
 from data.tokenizer import EOT, encode_batch, load_tokenizer
 
-BATCH = 512        # documents tokenized at a time
-ALWAYS_HASHED = 1e9  # bytes of bins that are hashed at every start, which takes about a second
+BATCH = 512  # documents tokenized at a time
+ALWAYS_HASHED = 1e9  # bytes of bins that are hashed at every start: about two seconds
+
+
+def write(path, blocks):
+    """Write blocks of bytes to path. OSError that names path, as that of a full disk does not."""
+    try:
+        with open(path, "wb") as f:
+            for block in blocks:
+                f.write(block)
+    except OSError as e:
+        if e.filename:
+            raise
+        raise OSError(f"can't write {path}: {e.strerror or e}") from e
 
 
 def write_bin(path, documents, encoding, piece):
@@ -23,20 +35,22 @@ def write_bin(path, documents, encoding, piece):
     """
     tokens = size = 0
     end = [encoding.encode_single_token(EOT)]
-    todo = iter(documents)
     bar = tqdm(total=len(documents), desc=f"tokenize {path.stem}", unit="doc", mininterval=1)
-    try:
-        with open(path, "wb") as f, bar:
-            while batch := list(islice(todo, BATCH)):
-                texts = [text for text in batch if text is not None]
-                for ids in encode_batch(encoding, texts, os.cpu_count()):
-                    ids = ids[:len(ids) // piece * piece] if piece else ids + end
-                    f.write(np.array(ids, dtype=np.uint16).tobytes())
-                    tokens += len(ids)
-                size += sum(len(text.encode()) for text in texts)
-                bar.update(len(batch))
-    except OSError as e:  # the error itself names no file
-        raise OSError(f"can't write {path}: {e.strerror or e}") from e
+
+    def blocks():
+        nonlocal tokens, size
+        todo = iter(documents)
+        while batch := list(islice(todo, BATCH)):
+            texts = [text for text in batch if text is not None]
+            for ids in encode_batch(encoding, texts, os.cpu_count()):
+                ids = ids[:len(ids) // piece * piece] if piece else ids + end
+                yield np.array(ids, dtype=np.uint16).tobytes()
+                tokens += len(ids)
+            size += sum(len(text.encode()) for text in texts)
+            bar.update(len(batch))
+
+    with bar:
+        write(path, blocks())
     if not tokens:
         why = f", as no document has {piece}: set a smaller --piece" if piece else ""
         raise ValueError(f"{path.stem}: not one token{why}")
@@ -95,36 +109,33 @@ def open_dataset(data_dir, dataset, block_size):
     What prepare.py wrote into data_dir/dataset: (train tokens, val tokens, meta.json,
     tokenizer.json, its tokenizer), the tokens as memory maps.
 
-    Raises OSError if it is missing or unreadable, ValueError if it is damaged, changed since or of
-    no use to a model of block_size, each with a sentence.
+    Raises OSError if it is missing or can't be read, ValueError if it is damaged, changed since, or
+    of no use to a model of block_size: a sentence that says which and what to do.
     """
     folder = os.path.join(data_dir, dataset)
-    again = "delete that folder and prepare it again"
     try:
         meta, spec = (json.loads(Path(folder, name).read_text(encoding="utf-8"))
                       for name in ("meta.json", "tokenizer.json"))
         bins = map_bins(folder)
         check_bins(folder, meta, bins)
         encoding = load_tokenizer(spec)
-        piece, sizes = meta["piece"], [len(tokens) for tokens in bins]
-        if not (type(piece) is int and 0 <= piece and 0 < meta["vocab_size"] <= 2**16):
-            raise ValueError("meta.json tells of an impossible piece or vocab_size")
-    except FileNotFoundError as e:
-        name = os.path.basename(e.filename)
-        if name == "meta.json":
+        piece, vocab_size = meta["piece"], meta["vocab_size"]
+        if not (type(piece) is int and piece >= 0 and vocab_size == encoding.n_vocab):
+            raise ValueError(f"meta.json tells of piece {piece!r} and vocab_size {vocab_size!r}")
+    except OSError as e:
+        if isinstance(e, FileNotFoundError) and os.path.basename(e.filename) == "meta.json":
             how = how_to_prepare(data_dir, dataset, block_size)
             raise FileNotFoundError(f"no dataset in {folder}: {how}") from e
-        raise FileNotFoundError(f"the dataset in {folder} lacks {name}: {again}") from e
-    except OSError as e:
         raise OSError(f"can't read the dataset in {folder}: {e}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): "
-                         f"{again}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"the dataset in {folder} is damaged ({type(e).__name__}: {e}): delete "
+                         "that folder and prepare it again") from e
     if piece not in (0, block_size):
         raise ValueError(f"{folder} is cut into pieces of {piece} tokens and block_size is "
                          f"{block_size}: prepare it with --piece={block_size}")
+    shortest = min(len(tokens) for tokens in bins)
     least = block_size if piece else block_size + 1  # a piece has no next token
-    if min(sizes) < least:
-        raise ValueError(f"{folder} has a part of only {min(sizes)} tokens, and one window takes "
+    if shortest < least:
+        raise ValueError(f"{folder} has a part of only {shortest} tokens, and one window takes "
                          f"{least}: prepare more text")
     return *bins, meta, spec, encoding

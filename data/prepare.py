@@ -21,6 +21,7 @@ Everything is written under a temporary name and renamed when whole; run again, 
 same files give the same bins, and meta.json holds their hash.
 """
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,16 +31,16 @@ from configurator import configure, die, end_on_signals, on_signals, one_of, wit
 if __name__ == "__main__":
     end_on_signals()  # before the heavy imports
 
-import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 from itertools import islice
 
-from data.dataset import hash_bins, map_bins, open_dataset, write_bin  # noqa: F401
+from data.dataset import hash_bins, map_bins, open_dataset, write, write_bin  # noqa: F401
 from data.sources import digest, python_files, read_source
-from data.tokenizer import EOT, convert_tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import convert_tokenizer, load_tokenizer, train_tokenizer
 
 corpus = "pycode"     # pycode, codeparrot, languini, or own: fills the settings left empty below
 name = ""             # folder under data_dir; the corpus's name if empty
@@ -50,7 +51,7 @@ column = ""           # the text column of a datasets source
 tokenizer = ""        # "train", or a tokenizer to convert
 tokenizer_source = ""  # documents to train the tokenizer on; the training documents if empty
 vocab_size = 0        # tokens of a trained tokenizer, the end-of-text token included
-piece = -1            # > 0: cut documents into pieces of so many tokens; 0: end each with EOT
+piece = -1            # > 0: cut documents into whole pieces of so many tokens; 0: end each with EOT
 
 RECIPES = {
     "pycode": dict(tokenizer="train", vocab_size=4096, piece=0),
@@ -67,6 +68,7 @@ RECIPES = {
         tokenizer="train", vocab_size=16384, piece=0),
 }
 VAL_SHARE = 0.05  # of documents, by hash, where the corpus has no validation set
+SMALLEST_VOCABULARY = 257  # 256 bytes and EOT
 LARGEST_VOCABULARY = 2**16  # of uint16 tokens
 
 
@@ -86,10 +88,10 @@ def complete_settings():
         die("your own text needs --train_source=FOLDER and --name=NAME", 2)
     if corpus == "pycode" and {"train_source", "val_source", "column"} & given.keys():
         die("pycode has its own source: leave out --corpus to prepare your own text", 2)
-    smallest = 257 if tokenizer == "train" else 0  # 256 bytes and EOT
+    smallest = SMALLEST_VOCABULARY if tokenizer == "train" else 0  # a converted one isn't asked
     within(globals(), piece=(0, 2**31), vocab_size=(smallest, LARGEST_VOCABULARY))
     name = name or corpus
-    if name != os.path.basename(name) or name in (".", ".."):
+    if name != os.path.basename(name) or name[0] == ".":
         die(f"name must be a folder's name without slashes, and is {name!r}", 2)
 
 
@@ -120,23 +122,43 @@ def is_prepared(folder, recipe):
 
 @contextmanager
 def half_made(folder):
-    """A hidden folder, which becomes `folder` if all goes well and else vanishes."""
+    """A hidden folder that becomes `folder` if all goes well; it vanishes on errors and signals."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = folder.parent / f".{folder.name}.part"  # beside it, so that the rename is one step
-    hidden.mkdir(exist_ok=True)
-    lock = os.open(hidden, os.O_RDONLY)
+    remove_leftovers(folder)
+    hidden = folder.parent / f".{folder.name}.{os.getpid()}"  # beside it: one step renames it
+
+    def stop(number, frame):
+        shutil.rmtree(hidden, ignore_errors=True)
+        line = f"\nstopped by {signal.Signals(number).name}; nothing half-made is left\n"
+        os.write(2, line.encode())
+        os._exit(128 + number)  # an exception might get lost in a library's callback
+
+    on_signals(stop)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"another prepare.py is making {folder}: wait for it") from None
-    try:
-        for left in hidden.iterdir():  # by a run that was killed
-            left.unlink()
+        hidden.mkdir()
         yield hidden
         os.rename(hidden, folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-        os.close(lock)
+
+
+def remove_leftovers(folder):
+    """Remove what runs that were killed have left of half-made `folder`s."""
+    for path in folder.parent.iterdir():
+        left = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)", path.name)
+        if left and not is_alive(int(left[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_alive(pid):
+    """Whether a process other than this one has that id."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def need_disk(folder, size):
@@ -158,10 +180,12 @@ def read_parts(root):
         documents, dropped = python_files()
     else:
         documents, dropped = read_source(train_source, column, "train", "train_source")
+    dropped = Counter(dropped)
     sample = [len(text or "") for text in islice(iter(documents), 1000)]
     need_disk(root, len(documents) * sum(sample) / max(1, len(sample)))
     if val_source:
-        val, _ = read_source(val_source, column, "validation", "val_source")
+        val, more_dropped = read_source(val_source, column, "validation", "val_source")
+        dropped.update(more_dropped)
         parts = {"train": documents, "val": val}
     else:
         is_val = [share_of(text) < VAL_SHARE for text in documents]
@@ -201,7 +225,7 @@ def write_dataset(folder, recipe):
     if encoding.n_vocab > LARGEST_VOCABULARY:
         raise ValueError(f"a vocabulary of {encoding.n_vocab} does not fit into uint16 tokens "
                          "(65,536 at most)")
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    write(folder / "tokenizer.json", [json.dumps(spec).encode()])
     meta = dict(name=name, recipe=recipe, vocab_size=encoding.n_vocab, piece=piece)
     for part, texts in parts.items():
         tokens, size = write_bin(folder / f"{part}.bin", texts, encoding, piece)
@@ -209,18 +233,12 @@ def write_dataset(folder, recipe):
     if dropped:
         meta["dropped_files"] = dropped
     meta["sha256"] = hash_bins(map_bins(folder))
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    write(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
     return meta
-
-
-def stop(number, frame):
-    on_signals(signal.SIG_IGN)  # what is half-made is removed on the way out, undisturbed
-    die("stopped; nothing half-made is left", 128 + number)
 
 
 def main():
     complete_settings()
-    on_signals(stop)
     root = Path(data_dir).expanduser() if data_dir else Path(__file__).resolve().parent
     folder, recipe = root / name, recipe_of_settings()
     if is_prepared(folder, recipe):

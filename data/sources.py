@@ -86,6 +86,8 @@ def read_source(source, column, split, flag):
             raise FileNotFoundError(f"no file or folder {source}")
         return read_hub(source, column, split, flag), {}
     files = files_of(path)
+    if not files:
+        raise ValueError(f"{path} holds no files")
     tables = [file for file in files if kind_of(file)]
     if not tables:
         return read_texts(path, files)
@@ -123,28 +125,31 @@ def kind_of(path):
 
 def read_texts(path, files):
     """(documents, dropped) of text files, gzipped or not: each whole, as it is, CR included."""
-    documents, dropped, foreign = [], dict(empty=0, not_text=0), []
-    for file in files:
-        data = file.read_bytes()
-        try:
-            text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
-        except UnicodeDecodeError:
-            text = "\0"
-        except (OSError, EOFError, zlib.error) as e:
-            raise ValueError(f"{file} is no whole gzip file ({e})") from e
-        if "\0" in text:  # also UTF-16, which may pass for UTF-8
-            foreign.append(file.name)
-        elif text.strip():
-            documents.append(text)
-        else:
-            dropped["empty"] += 1
-    dropped["not_text"] = len(foreign)
+    texts = [text_of(file) for file in files]
+    documents = [text for text in texts if text and text.strip()]
+    foreign = [file.name for file, text in zip(files, texts) if text is None]
+    empty = len(files) - len(documents) - len(foreign)
     if foreign:
         print(f"left out {len(foreign)} of {len(files)} files that are no UTF-8 text: "
               f"{', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}", flush=True)
     if not documents:
-        raise ValueError(f"{path} holds no text: of {len(files)} files {len(foreign)} are no UTF-8")
-    return documents, dropped
+        raise ValueError(f"{path} holds no text: of {len(files)} files {len(foreign)} are no "
+                         f"UTF-8, {empty} empty")
+    return documents, dict(empty=empty, not_text=len(foreign))
+
+
+def text_of(file):
+    """A file's text, or None if it holds none. ValueError if it is no whole gzip file."""
+    data = file.read_bytes()
+    try:
+        if file.suffix == ".gz":
+            data = gzip.decompress(data)
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{file} is no whole gzip file ({e})") from e
+    return None if "\0" in text else text  # UTF-16 of plain English passes for UTF-8, with zeros
 
 
 # ---------------------------------------------------------------------------------- datasets
@@ -153,10 +158,13 @@ def read_tables(path, tables, column):
     kinds = sorted({kind_of(file) for file in tables})
     if len(kinds) > 1:
         raise ValueError(f"{path} holds {' and '.join(kinds)} tables: each kind needs its folder")
+    for file in tables:
+        if not file.stat().st_size:
+            raise ValueError(f"{file} is empty")
 
     def load(files, **how):
         import datasets  # slow to import, and text does without
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the reason is told once, below
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says is raised too
         names = [str(file) for file in files]
         return datasets.load_dataset(kinds[0], data_files=names, split="train", **how)
 

@@ -14,7 +14,7 @@ import tiktoken
 
 EOT = "<|endoftext|>"
 BPE_SAMPLE = 32e6  # characters that a tokenizer is trained on: more of them change few merges
-LONGEST_SPACE = 50_000  # characters; the Rust libraries fail between 300,000 and a million
+LONGEST_SPACE = 50_000  # characters; the Rust libraries panic at about a million
 # The split of Hugging Face's ByteLevel:
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -26,27 +26,26 @@ def load_tokenizer(spec):
     Raises OSError if it can't be read, ValueError if it is no whole tokenizer.
     """
     if not isinstance(spec, dict):
-        with open(spec, encoding="utf-8") as f:
-            spec = json.load(f)
+        spec = json.loads(Path(spec).read_text(encoding="utf-8"))
     try:
         ranks = {base64.b64decode(token): rank for token, rank in spec["ranks"].items()}
         pattern, special = spec["pattern"], dict(spec["special"])
-        check_ids([*ranks.values(), *special.values()])
-        encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens=special)
+        check(ranks, special)
+        return tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=special)
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"no whole tokenizer ({type(e).__name__}: {e})") from e
+
+
+def check(ranks, special):
+    """ValueError unless each token has an id of its own and each byte is one: tiktoken panics."""
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < 2**32 for i in ids) or len(set(ids)) != len(ids):
+        raise ValueError("a tokenizer whose token ids are no different whole numbers from 0 on")
     lacking = [b for b in range(256) if bytes([b]) not in ranks]
     if lacking:
         raise ValueError(f"a tokenizer that lacks {len(lacking)} of the 256 bytes, "
                          f"{bytes(lacking[:1])} among them, so that it can't write every text")
-    return encoding
-
-
-def check_ids(ids):
-    """ValueError unless these are token ids, each once: tiktoken panics on any other."""
-    if not all(type(i) is int and 0 <= i < 2**32 for i in ids) or len(set(ids)) != len(ids):
-        raise ValueError("a tokenizer whose token ids are no different whole numbers from 0 on")
 
 
 def tokenizer_spec(pattern, ranks, special):
@@ -61,11 +60,9 @@ def parts(text):
     Only white space of LONGEST_SPACE characters or more is cut, so that the tokens of ordinary
     text are what they are without this.
     """
-    steps = range(0, len(text), LONGEST_SPACE)
-    blank = [i for i in steps if text[i:i + LONGEST_SPACE].isspace()]
-    if len(text) <= LONGEST_SPACE or not blank:
-        return [text]
-    cuts = sorted({0, len(text), *blank, *(min(i + LONGEST_SPACE, len(text)) for i in blank)})
+    blocks = range(0, len(text) - LONGEST_SPACE + 1, LONGEST_SPACE)
+    blank = [i for i in blocks if text[i:i + LONGEST_SPACE].isspace()]
+    cuts = sorted({0, len(text), *blank, *(i + LONGEST_SPACE for i in blank)})
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
 
