@@ -14,12 +14,11 @@ import json
 import math
 import os
 from importlib.util import find_spec
-from string import ascii_lowercase
 
 import numpy as np
 import torch
 
-from data.prepare import open_dataset
+from data.dataset import open_dataset
 from entropy import max_causal_entropy, quartile_distribution
 from model import GPT, load_checkpoint
 
@@ -318,8 +317,9 @@ def draw(runs, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    tags = [f"({letter}) " for letter in ascii_lowercase] if len(runs) > 1 else [""]
-    named = {tag: run for tag, run in zip(tags, runs)}
+    named = {f"({number}) ": run for number, run in enumerate(runs, 1)}
+    if len(runs) == 1:
+        named = {"": runs[0]}
     panels = {"heads": 3.0, "quartiles": 1.9}  # heights in inches
     if any(len(run["history"]) > 1 for run in runs):
         panels["history"] = 2.3
@@ -349,8 +349,8 @@ def look(path):
     """
     describe() of a checkpoint, its entropies measured on the validation set it was trained beside.
 
-    Raises OSError or ValueError if checkpoint or log can't be read or the data is another one now;
-    open_dataset() ends the program with a line if the data is missing or damaged.
+    Raises OSError or ValueError if checkpoint, log or data can't be read or the data is another one
+    now.
     """
     checkpoint = load_checkpoint(path)
     settings = {"data_dir": "data", "dataset": "pycode", "seed": None}

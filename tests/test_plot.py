@@ -1,55 +1,155 @@
-"""plot.py: what it measures is what train.py measured, and its sentences name the paper's two failure modes."""
+"""plot.py measures what train.py measured, and names the paper's two failure modes."""
 import json
 
 import pytest
 import torch
 from conftest import run
 
+from data.dataset import hash_bins, map_bins
 from entropy import max_causal_entropy
 from model import GPT, GPTConfig
-from plot import describe, diagnosis
+from plot import aligned, describe, diagnosis, draw, read_log
+
+SMALL = ["--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32",
+         "--eval_windows=16", "--sample_tokens=0", "--max_iters=20", "--eval_interval=10",
+         "--learning_rate=1e-2", "--plot=False"]
 
 
-def test_a_picture_says_what_is_wrong(data_dir, tmp_path):
-    """Two models that train.py trained: the script's entropies are those of their last evaluation, and one colour scale shows both."""
-    small = ["--dataset=mine", f"--data_dir={data_dir}", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=16",
-             "--sample_tokens=0", "--max_iters=20", "--eval_interval=10", "--learning_rate=1e-2", "--plot=False"]
-    folders = [tmp_path / "sm", tmp_path / "ereg"]
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    """Folders of two models that train.py trained: softmax only, and EReg."""
+    folders = [tmp_path_factory.mktemp(config) for config in ("sm", "ereg_sm_t_scfuffn")]
     for folder, config in zip(folders, ("sm", "ereg_sm_t_scfuffn")):
-        run("train.py", f"config/{config}.py", *small, f"--out_dir={folder}")
-    out = run("plot.py", f"--out_dir={folders[0]},{folders[1]}", "--windows=16", f"--png={tmp_path / 'both.png'}")
-    assert out.count("entropy overload:") == out.count("entropy collapse:") == 2 and "EReg(SM(t)+ScFuFFN)" in out
+        run("train.py", f"config/{config}.py", *SMALL, f"--data_dir={data_dir}",
+            f"--out_dir={folder}")
+    return folders
+
+
+def test_entropies_are_those_of_the_last_evaluation(trained, tmp_path):
+    arguments = f"--out_dir={trained[0]},{trained[1]}", f"--png={tmp_path / 'both.png'}"
+    out = run("plot.py", *arguments, "--windows=16")
+    assert out.count("entropy overload:") == out.count("entropy collapse:") == 2
+    assert "EReg(SM(t)+ScFuFFN" in out
     seen = json.loads((tmp_path / "both.json").read_text())
-    for r, folder in zip(seen, folders):
-        evals = [x for x in map(json.loads, open(folder / "log.jsonl")) if x["event"] == "eval"]
-        assert torch.allclose(torch.tensor(r["head_entropy"]), torch.tensor(evals[-1]["head_entropy"]), atol=1e-3)
-        assert [step for step, _ in r["history"]] == [0, 10, 20] and r["val_ppl"] == evals[-1]["val_ppl"]
-        assert r["largest"] <= r["max_causal_entropy"] == max_causal_entropy(32) and sum(r["quartiles"]) == pytest.approx(1)
-    assert set(seen[1]) - set(seen[0]) == {"alpha", "beta", "temperature", "temperature_range", "threshold"}
-    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "both.png").stat().st_size > 20000
-    folder.with_suffix(".png").mkdir()
-    for arguments, status, sentence in ((["--out_dir=nowhere"], 1, "no checkpoint at nowhere/ckpt.pt"), (["--windows=0"], 2, "windows must be at least 1"),
-                                        ([f"--out_dir={folders[0]}", "--png=nowhere/a.png"], 2, "png must be a .png in a folder that exists"),
-                                        ([f"--out_dir={folders[0]}", f"--png={folder.with_suffix('.png')}"], 1, "can't write")):
-        assert sentence in run("plot.py", *arguments, status=status)
-    (tmp_path / "half.pt").write_bytes((folders[0] / "ckpt.pt").read_bytes()[:5000])
-    assert "not a whole checkpoint" in run("plot.py", f"--ckpt={tmp_path / 'half.pt'}", status=1)
-    meta = data_dir / "mine" / "meta.json"
-    text = meta.read_text()
-    meta.write_text(text.replace(json.loads(text)["sha256"], "0" * 64))
+    for r, folder in zip(seen, trained):
+        evals = [x for x in read_log(folder / "log.jsonl") if x["event"] == "eval"]
+        ours, theirs = (torch.tensor(x["head_entropy"]) for x in (r, evals[-1]))
+        assert torch.allclose(ours, theirs, atol=1e-3)
+        assert [step for step, _ in r["history"]] == [0, 10, 20]
+        assert r["val_ppl"] == evals[-1]["val_ppl"]
+        assert r["seed"] == 1337
+        assert r["largest"] <= r["max_causal_entropy"] == max_causal_entropy(32)
+        assert sum(r["quartiles"]) == pytest.approx(1)
+    learned = {"alpha", "beta", "temperature", "temperature_range", "threshold"}
+    assert set(seen[1]) - set(seen[0]) == learned
+    assert is_a_picture(tmp_path / "both.png")
+
+
+def is_a_picture(path):
+    """A PNG of more than an empty axes."""
+    return path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 20000
+
+
+@pytest.mark.parametrize("arguments, status, sentence", [
+    (["--out_dir=nowhere"], 1, "no checkpoint at nowhere/ckpt.pt"),
+    (["--windows=-1"], 2, "windows must be at least 1"),
+    (["--out_dir={0}", "--png=nowhere/a.png"], 2, "png must be a .png in a folder that exists"),
+    (["--out_dir={0}", "--png={0}/folder.png"], 1, "folder.png"),
+    (["--ckpt={0}/half.pt"], 1, "not a whole checkpoint"),
+])
+def test_one_line_says_what_is_wrong(arguments, status, sentence, trained):
+    folder = trained[0]
+    (folder / "folder.png").mkdir(exist_ok=True)
+    (folder / "half.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:5000])
+    out = run("plot.py", "--windows=2", *(a.format(folder) for a in arguments), status=status)
+    assert sentence in out.splitlines()[-1]
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.fixture
+def other_tokens(data_dir):
+    """The dataset with its validation tokens in another order; as it was, afterwards."""
+    path = data_dir / "mine" / "val.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[2:] + whole[:2])
+    yield data_dir / "mine"
+    path.write_bytes(whole)
+
+
+def test_data_that_was_changed_is_refused(trained, other_tokens):
+    """At equal size, so that their hash alone tells."""
+    out = run("plot.py", f"--out_dir={trained[0]}", status=1)
+    assert "train.bin or val.bin is not as it was prepared" in out
+
+
+def test_other_data_than_the_models_is_refused(trained, other_tokens):
+    meta = other_tokens / "meta.json"
+    told = meta.read_text()
+    meta.write_text(told.replace(json.loads(told)["sha256"], hash_bins(map_bins(other_tokens))))
     try:
-        assert "other data than" in run("plot.py", f"--out_dir={folders[0]}", status=1)
+        assert "other data than" in run("plot.py", f"--out_dir={trained[0]}", status=1)
     finally:
-        meta.write_text(text)
+        meta.write_text(told)
 
 
-def test_overloaded_and_collapsed_heads_are_counted_as_in_the_paper():
-    """M is the largest head's entropy: below M/4 collapsed, from 3M/4 on overloaded; a layer is either by half of its heads."""
-    model = GPT(GPTConfig(n_layer=3, n_head=4, n_embd=16, block_size=128, vocab_size=50))
-    r = describe("SM", model, [[3.8, 3.8, 3.0, 2.0], [0.5, 2.0, 2.0, 3.8], [0.0, 0.1, 2.0, 2.0]])
-    assert (r["overloaded_heads"], r["overloaded_layers"], r["collapsed_heads"], r["collapsed_layers"]) == (4, [0], 3, [2])
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"3\n", b'{"event": "eval"}\n'])
+def test_a_damaged_log_is_named_with_its_line(damage, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"event": "step", "step": 1}\n' + damage)
+    with pytest.raises(ValueError, match=f"line 2 of {log}"):
+        read_log(log)
+
+
+def test_a_half_written_last_line_is_no_record(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "st')
+    assert read_log(tmp_path / "log.jsonl") == [{"event": "step", "step": 1}]
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+def untrained(**flags):
+    return GPT(GPTConfig(n_layer=3, n_head=4, n_embd=16, block_size=128, vocab_size=50, **flags))
+
+
+def test_heads_are_counted_as_in_the_paper():
+    """
+    M is the largest head's entropy: below M/4 a head is collapsed, from 3M/4 on overloaded; a layer
+    is either by half of its heads.
+    """
+    heads = [[3.8, 3.8, 3.0, 2.0], [0.5, 2.0, 2.0, 3.8], [0.0, 0.1, 2.0, 2.0]]
+    r = describe("SM", untrained(), heads)
+    assert (r["overloaded_heads"], r["overloaded_layers"]) == (4, [0])
+    assert (r["collapsed_heads"], r["collapsed_layers"]) == (3, [2])
     overload, collapse = diagnosis(r)
-    assert overload == "entropy overload: 4 of 12 heads (33%) in the top quarter, 2.85 to 3.80 nats; half or more of layer 0; 3 within 5% of a causal head's maximum, 3.88"
-    assert collapse == "entropy collapse: 3 of 12 heads (25%) in the bottom quarter, 0 to 0.95 nats; half or more of layer 2"
+    assert overload == ("entropy overload: 4 of 12 heads (33%) in the top quarter, 2.85 to 3.80 "
+                        "nats; half or more of layer 0; "
+                        "3 within 5% of a causal head's maximum, 3.88")
+    assert collapse == ("entropy collapse: 3 of 12 heads (25%) in the bottom quarter, 0 to 0.95 "
+                        "nats; half or more of layer 2")
+
+
+def test_a_diverged_model_is_refused():
     with pytest.raises(ValueError, match="finite"):
-        describe("SM", model, [[float("nan")] * 4] * 3)
+        describe("SM", untrained(), [[float("nan")] * 4] * 3)
+
+
+def test_one_model_and_four_are_drawn(tmp_path):
+    """Temperatures as they start, all alike: their mean is off by rounding and their range is 0."""
+    ereg = untrained(learnable_temperature=True, learnable_ffn_scale=True)
+    r = describe("EReg", ereg, torch.rand(3, 4), torch.rand(3, 4))
+    bare = describe("SM", untrained(), torch.rand(3, 4))
+    draw([r], tmp_path / "one.png")
+    draw([bare, bare, r, bare], tmp_path / "four.png")
+    draw([bare], tmp_path / "bare.png")
+    assert all(is_a_picture(tmp_path / f"{name}.png") for name in ("one", "four", "bare"))
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError):
+        draw([describe("SM", untrained(), torch.rand(3, 4))], tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_an_aligned_table():
+    assert aligned([["", "bytes"], ["softmax", "12"]]) == "         bytes\nsoftmax     12"
+    assert aligned([["a", "b"], ["1", "22"]], left=(1,)) == "a  b\n1  22"
