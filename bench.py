@@ -23,17 +23,17 @@ from json import dumps
 import torch
 
 from entropy import EntropyRegularizer, explicit_attention_with_entropy
-from machine import choose_machine
+from machine import check_memory, choose_machine
 from model import GPT, GPTConfig
 from plot import write_whole
 
 block_sizes = "128,512,2048"  # context lengths
 tokens = 2048  # a step; at least one sequence
 rounds = 30  # timed steps of every case, in turn
-n_layer = 6
-n_head = 6
-n_embd = 192
-vocab_size = 4096
+n_layer = 6  # L
+n_head = 6  # H
+n_embd = 192  # d, the width
+vocab_size = 4096  # V
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto | float32 | bfloat16: type of the matrix products
 compile = "auto"  # auto (on CUDA) | yes | no
@@ -151,10 +151,11 @@ within(globals(), tokens=(1, 2**30), rounds=(1, 10**6))
 if device == "auto" and not torch.cuda.is_available():
     device = "cpu"  # Apple's GPU has no peak memory to tell
 try:
+    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
     lengths = [int(T) for T in block_sizes.split(",")]
     for T in lengths:
-        GPTConfig(T, vocab_size, n_layer, n_head, n_embd)
-    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
+        config = GPTConfig(T, vocab_size, n_layer, n_head, n_embd)
+        check_memory(config, max(1, tokens // T), device)
 except ValueError as e:
     die(e, 2)
 try:
