@@ -13,25 +13,27 @@ from configurator import configure, die, end_on_signals, one_of, within
 
 end_on_signals()
 
+import os
 import platform
 import statistics
 import time
 from contextlib import nullcontext
-from json import dump
+from json import dumps
 
 import torch
 
-import entropy
-import model as gpt
-from machine import choose_machine
+from entropy import EntropyRegularizer, explicit_attention_with_entropy
+from machine import check_memory, choose_machine
+from model import GPT, GPTConfig
+from plot import write_whole
 
 block_sizes = "128,512,2048"  # context lengths
 tokens = 2048  # a step; at least one sequence
 rounds = 30  # timed steps of every case, in turn
-n_layer = 6
-n_head = 6
-n_embd = 192
-vocab_size = 4096
+n_layer = 6  # L
+n_head = 6  # H
+n_embd = 192  # d, the width
+vocab_size = 4096  # V
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto | float32 | bfloat16: type of the matrix products
 compile = "auto"  # auto (on CUDA) | yes | no
@@ -48,7 +50,7 @@ LAMBDA_ENTROPY = 0.164  # train.py's
 
 def textbook(q, k, v, block_mask):
     """attention_with_entropy() the explicit way, in float32."""
-    return entropy.explicit_attention_with_entropy(q.float(), k.float(), v.float())
+    return explicit_attention_with_entropy(q.float(), k.float(), v.float())
 
 
 def timed(function):
@@ -86,12 +88,15 @@ def matmul_peak():
 def make_step(case, T):
     """(one training step, its tokens, its model FLOPs: 6 N + 12 L T d a token)."""
     torch.manual_seed(0)
-    config = gpt.GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                           n_embd=n_embd, **CASES[case])
-    model = gpt.GPT(config).to(device)
+    config = GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                       n_embd=n_embd, **CASES[case])
+    model = GPT(config).to(device)
+    if case == "EReg, explicit":
+        for block in model.blocks:
+            block.attn.with_entropy = textbook
     parameters, regularizer = [*model.parameters()], None
     if case.startswith("EReg"):
-        regularizer = entropy.EntropyRegularizer(n_layer, n_head).to(device)
+        regularizer = EntropyRegularizer(n_layer, n_head).to(device)
         parameters += regularizer.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
@@ -120,9 +125,6 @@ def measure(T):
     seconds, memory = {case: [] for case in CASES}, {}
     for _ in range(WARM_UP + rounds):
         for case, (step, _, _) in cases.items():
-            gpt.attention_with_entropy = entropy.attention_with_entropy
-            if case == "EReg, explicit":
-                gpt.attention_with_entropy = textbook
             reset_peak_memory()
             seconds[case].append(timed(step))
             memory[case] = peak_memory()
@@ -149,15 +151,18 @@ within(globals(), tokens=(1, 2**30), rounds=(1, 10**6))
 if device == "auto" and not torch.cuda.is_available():
     device = "cpu"  # Apple's GPU has no peak memory to tell
 try:
+    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
     lengths = [int(T) for T in block_sizes.split(",")]
     for T in lengths:
-        gpt.GPTConfig(T, vocab_size, n_layer, n_head, n_embd)
-    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
+        config = GPTConfig(T, vocab_size, n_layer, n_head, n_embd)
+        check_memory(config, max(1, tokens // T), device)
 except ValueError as e:
     die(e, 2)
 try:
     if json:  # what can't be written is found before the measurement
         open(json, "a").close()
+        if not os.path.getsize(json):
+            os.remove(json)
 except OSError as e:
     die(f"json must be a file in a folder that exists: can't write {json}: {e.strerror}", 2)
 torch.set_float32_matmul_precision("high")
@@ -177,5 +182,8 @@ for T in lengths:
 if json:
     shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size,
                  tokens=tokens)
-    with open(json, "w") as file:
-        dump({"machine": machine, "settings": shape, "rows": rows}, file, indent=1)
+    told = {"machine": machine, "settings": shape, "rows": rows}
+    try:
+        write_whole(json, dumps(told, indent=1).encode())
+    except OSError as e:
+        die(f"can't write {json}: {e.strerror}")

@@ -151,6 +151,8 @@ def layernorm(used, c):
 class Attention(nn.Module):
     """Causal multi-head attention, eq. 3 and 6, with the learnable temperature of eq. 9."""
 
+    with_entropy = staticmethod(attention_with_entropy)  # what computes it, if the entropy is asked
+
     def __init__(self, c):
         super().__init__()
         d = c.n_embd
@@ -181,7 +183,7 @@ class Attention(nn.Module):
         # On a CPU softmax wants float32, and scaled_dot_product_attention is slower in bfloat16.
         with torch.autocast("cpu", enabled=False):
             if return_entropy:
-                y, entropy = attention_with_entropy(q, k, v, block_mask)
+                y, entropy = self.with_entropy(q, k, v, block_mask)
             else:
                 if v.dtype == torch.bfloat16 and v.device.type == "cpu":
                     q, k, v = q.float(), k.float(), v.float()

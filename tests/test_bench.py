@@ -30,6 +30,7 @@ def test_every_case_is_timed(tmp_path):
     ("--block_sizes=16,a", "invalid literal for int"),
     ("--json=no/r.json", "a folder that exists"),
     ("--rounds=1e30", "rounds must be at least 1 and at most"),
+    ("--tokens=1e9", "GB at least"),
 ])
 def test_one_line_says_what_is_wrong(argument, line):
     out = run("bench.py", argument, status=2)
