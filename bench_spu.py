@@ -26,7 +26,7 @@ and the embeddings, if the server exported with --embedding=public.
 Exit status 0; 1 with a line on each side that says what went wrong; 2 for a bad setting; 130, 143
 or 129 after Ctrl-C, SIGTERM or SIGHUP.
 """
-from configurator import configure, die, end_on_signals, one_of, setting_names
+from configurator import configure, die, end_on_signals, one_of, setting_names, within
 
 end_on_signals()
 
@@ -182,9 +182,7 @@ def check_settings(given):
     one_of(globals(), role=("both", "client", "server", "helper"),
            protocol=("cheetah", "semi2k", "aby3"), network=("none", *NETWORKS),
            reveal=("logits", "token"), embedding=("private", "public"))
-    for key, (least, most) in BOUNDS.items():
-        if not least <= globals()[key] <= most:
-            die(f"{key} must be at least {least} and at most {most}, and is {globals()[key]}", 2)
+    within(globals(), **BOUNDS)
     if chart and not (chart.endswith(".png") and find_spec("matplotlib")):
         die(f"chart, {chart!r}, must end in .png, and needs matplotlib: pip install matplotlib", 2)
     if windows and (reveal == "token" or measure_layers or archs):

@@ -57,8 +57,8 @@ def fit_gelu():
     """
     (near, far, largest error): two parabolas for GELU(t) - t, each (up to which t, c2, c1, c0),
     and 0 beyond both. By least squares where numbers lie, not minimax: errors of one sign add up
-    in the next matrix, and a minimax fit within 4e-3 told the clear's token less often
-    (docs/private.md).
+    in the next matrix. By a minimax fit, within 4e-3, a trained SM+LN+G of 12 layers gave the
+    clear's token at 125 of 128 positions, by this one at all.
     """
     t = np.linspace(0, 8, 4001)
     y = -t * (1 - erf(t / np.sqrt(2))) / 2

@@ -195,8 +195,8 @@ def link_description(addresses, timeout, tls, session):
 def connect(description, rank, others, connect_timeout):
     """The link, once it stands. SPU itself would wait for it as long as for an op."""
     late = threading.Timer(connect_timeout, quit_now, [
-        f"no link with {' and '.join(others)} within {connect_timeout:g} seconds: can each side "
-        "reach the other's --listen, and is that what its --peer names?"])
+        f"no link with {' and '.join(others)} within {connect_timeout:g} seconds, half of "
+        "--connect_timeout: can each side reach the other's --listen, and does --peer name that?"])
     late.daemon = True
     late.start()
     try:

@@ -14,10 +14,11 @@ from contextlib import ExitStack, contextmanager, suppress
 import numpy as np
 import torch
 
+from configurator import on_signals
 from pi_export import export, write
 from private.files import load_public
 from private.meet import ROLES, end_now, free_addresses, host_port
-from private.party import HERE, SIGNALS, check_layers, held_out, perplexity, prompt_tokens
+from private.party import HERE, check_layers, held_out, perplexity, prompt_tokens
 from private.plain import plain_export
 from private.relay import relay
 
@@ -111,8 +112,7 @@ def private_run(s, model, tokenizer):
     Export the model, run every party, and compare with the model in the clear. Returns the client's
     result; if a window failed when the next token was there, with a sentence as "failed".
     """
-    for number in SIGNALS:
-        signal.signal(number, end_all)
+    on_signals(end_all)
     with secret_folder() as folder:
         server, result_file = os.path.join(folder, "server"), os.path.join(folder, "result.json")
         public_file = os.path.join(server, "public.json")

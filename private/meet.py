@@ -40,7 +40,7 @@ ENDING = threading.Lock()
 def end_now(line, status):
     """End the process with one line, whatever C++ is waiting for in the main thread."""
     ENDING.acquire()  # and never release: a second thread's line would only confuse
-    print(line, file=sys.stderr, flush=True)
+    print(" ".join(line.splitlines()), file=sys.stderr, flush=True)
     os._exit(status)
 
 

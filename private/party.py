@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from configurator import on_signals  # noqa: E402
 from private.engine import Engine  # noqa: E402
 from private.files import load_embedding, load_public, load_server, write_whole  # noqa: E402
 from private.infer import infer  # noqa: E402
@@ -33,7 +34,6 @@ from private.meet import (ROLES, end_now, greet, host_port, listen_at, quit_now,
                           warn_of_readers)
 
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides model and code
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STEP = 10  # times --timeout that a step may take while the other party shows signs of life
 
 
@@ -232,8 +232,7 @@ def end_at_once_on_signals():
     came, wakeup = socket.socketpair()
     wakeup.setblocking(False)
     signal.set_wakeup_fd(wakeup.detach())
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: None)
+    on_signals(lambda number, frame: None)
 
     def wait():
         number = came.recv(1)[0]

@@ -13,7 +13,6 @@ that passed as JSON.
 """
 import json
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -22,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import configure, die, end_on_signals, one_of  # noqa: E402
+from configurator import configure, die, end_on_signals, on_signals, one_of  # noqa: E402
 
 if __name__ == "__main__":
     end_on_signals()
@@ -39,7 +38,6 @@ NETWORKS = {  # bits a second each way, seconds one way
     "lan": (1e9, 0.25e-3),   # 1 Gbps, 0.5 ms round trip
     "wan": (100e6, 40e-3),   # the paper's: 100 Mbps, 80 ms round trip
 }
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BACKLOG = 0.05   # seconds of traffic a pipe holds before it stops reading, as a full router does
 PIECE = 1 << 16  # bytes read at a time
 DIAL = 10        # seconds to reach a party
@@ -134,7 +132,8 @@ def relay(network, client, server, client_front, server_front):
 def main():
     configure(globals())
     one_of(globals(), network=NETWORKS)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # sigwait takes them
+    done = threading.Event()
+    on_signals(lambda number, frame: done.set())
     keys = ("client", "server", "client_front", "server_front")
     bandwidth, delay = NETWORKS[network]
     try:
@@ -142,7 +141,7 @@ def main():
         with relay(network, *ends) as (to_client, to_server):
             print(f"relay {network}: {bandwidth / 1e6:.0f} Mbps each way, "
                   f"{1e3 * 2 * delay:g} ms round trip", flush=True)
-            signal.sigwait(ENDS)
+            done.wait()
             passed = {"to_client": to_client.bytes, "to_server": to_server.bytes}
             print(json.dumps(passed), flush=True)
     except ValueError as e:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, refusals, run
 
+from data.dataset import hash_bins, map_bins
+
 TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32",
         "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False"]
 EREG = ["config/ereg_sm_t_scfuffn.py", *TINY]
@@ -164,7 +166,9 @@ def test_pieces_are_trained_without_looking_over_their_edge(data_dir, source, tm
         "--vocab_size=300", "--piece=32")
     val, meta = tmp_path / "mine" / "val.bin", tmp_path / "mine" / "meta.json"
     val.write_bytes(val.read_bytes()[:2 * 32])  # one piece is one window, with nothing after it
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_tokens": 32}))
+    sha256 = hash_bins(map_bins(tmp_path / "mine"))
+    changed = {"val_tokens": 32, "sha256": sha256}
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | changed))
     out_dir = tmp_path / "out"
     run("train.py", *TINY, f"--data_dir={tmp_path}", f"--out_dir={out_dir}", "--max_iters=5")
     run("plot.py", f"--out_dir={out_dir}")
@@ -362,8 +366,13 @@ def test_a_log_that_cannot_be_written_is_one_line(data_dir, tmp_path):
 def test_damaged_data_are_named(out_dir, data_dir, tmp_path):
     mine = shutil.copytree(data_dir / "mine", tmp_path / "mine")
     meta = json.loads((mine / "meta.json").read_text())
-    (mine / "meta.json").write_text(json.dumps(meta | {"sha256": "0" * 64}))
+    train = (mine / "train.bin").read_bytes()
+    (mine / "train.bin").write_bytes(train[2:] + train[:2])  # as long as before
+    assert "not as it was prepared" in resume(out_dir, tmp_path, status=1)
+    sha256 = hash_bins(map_bins(mine))
+    (mine / "meta.json").write_text(json.dumps(meta | {"sha256": sha256}))
     assert "was trained on other data" in resume(out_dir, tmp_path, status=1)
+    (mine / "train.bin").write_bytes(train)
     (mine / "meta.json").write_text("{}")
     assert "is damaged" in resume(out_dir, tmp_path, status=1)
     (mine / "meta.json").write_text(json.dumps(meta))
