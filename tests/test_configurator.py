@@ -113,10 +113,12 @@ def test_help_shows_each_comment():
     assert all(shown.values()), shown
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "plot.py", "bench.py",
+                                    "data/prepare.py", "experiments/reproduce.py"])
 def test_ctrl_c_in_an_import_is_one_line(script, tmp_path):
-    (tmp_path / "torch.py").write_text(
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    for heavy in ("numpy", "torch"):
+        (tmp_path / f"{heavy}.py").write_text(
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     done = subprocess.run([sys.executable, script], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)},
                           capture_output=True, text=True, timeout=30)
     assert done.returncode == 128 + signal.SIGINT
