@@ -81,11 +81,15 @@ def certificates(tmp_path_factory):
     def openssl(*args):
         subprocess.run(["openssl", *map(str, args)], cwd=folder, check=True, capture_output=True)
 
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
+    new_key = ("-newkey", "rsa:2048", "-nodes")
+    openssl("req", "-x509", *new_key, "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
     for name in ("client", "server", "stranger"):
         (folder / name).mkdir()
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}/key.pem", "-out", "request.pem")
-        signer = ["-signkey", "stranger/key.pem"] if name == "stranger" else ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+        openssl("req", *new_key, "-subj", f"/CN={name}", "-keyout", f"{name}/key.pem",
+                "-out", "request.pem")
+        signer = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
+        if name == "stranger":
+            signer = ["-signkey", "stranger/key.pem"]
         openssl("x509", "-req", "-in", "request.pem", *signer, "-out", f"{name}/cert.pem")
         shutil.copy(folder / "ca.pem", folder / name / "ca.pem")
     return folder

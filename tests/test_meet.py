@@ -1,4 +1,4 @@
-"""private/meet.py: strangers at the door, parties that differ or freeze, addresses, certificates."""
+"""private/meet.py: strangers, parties that differ or freeze, addresses, certificates."""
 import random
 import signal
 import socket
@@ -109,7 +109,7 @@ def send(sock, content, slowly):
 
 
 def test_no_stranger_keeps_the_right_party_from_meeting(parties):
-    """Each of the above, 100 random byte strings fast and slowly, a reset and silent connections."""
+    """Each of the above, 100 random byte strings fast and slowly, a reset, silent connections."""
     c, s = free_addresses(2)
     server = parties(1, [c, s], connect_timeout=60)
     rng = random.Random(0)

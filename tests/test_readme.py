@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: the code they quote, the files, settings and links they name exist."""
+"""README.md and docs/ are true: the code, files, settings and links that they name exist."""
 import json
 import re
 
@@ -47,7 +47,8 @@ def test_files_that_are_named_exist(page):
 
 def is_written_by_a_run(name):
     """Whether a user's own command makes this file."""
-    return name.startswith("out/") or name in {"public.json", "server.npz", "embedding.npz", "entropy.png"}
+    written = {"public.json", "server.npz", "embedding.npz", "entropy.png"}
+    return name.startswith("out/") or name in written
 
 
 def test_every_architecture_is_named():
@@ -102,7 +103,8 @@ def test_paragraphs_are_short(page):
 def test_perplexities_are_those_of_the_json():
     runs = json.loads((ROOT / "results" / "reproduction.json").read_text())["architectures"]
     measured = {row["label"]: [run["val_ppl"] for run in row["runs"]] for row in runs}
-    rows = [row.strip("| ").split(" | ") for row in section("Results").splitlines() if " to " in row]
+    lines = [line for line in section("Results").splitlines() if " to " in line]
+    rows = [line.strip("| ").split(" | ") for line in lines]
     rows = [row for row in rows if row[0] in measured]
     assert len(rows) == 6
     for label, mean, spread, *_ in rows:
