@@ -16,8 +16,8 @@ from private.relay import NETWORKS
 @pytest.mark.parametrize("network, megabytes", [("wan", 4), ("lan", 32)])
 def test_a_transfer_takes_its_time(network, megabytes):
     """
-    The client sends bytes through the relay and the server answers one: that takes a round trip, and
-    the bytes over the bandwidth.
+    The client sends bytes through the relay and the server answers one: that takes a round trip,
+    and the bytes over the bandwidth.
     """
     bandwidth, delay = NETWORKS[network]
     keys = ("client", "server", "client_front", "server_front")
