@@ -22,7 +22,7 @@ from private.party import HERE, check_layers, held_out, perplexity, prompt_token
 from private.plain import plain_export
 from private.relay import relay
 
-GRACE = 10  # seconds that the other parties have to say that one failed
+GRACE = 5  # seconds that the other parties have to say that one failed
 PARTIES = []
 
 

@@ -379,7 +379,8 @@ def test_a_party_or_the_parent_that_is_killed_ends_all(number, private_run):
     moment = rng.uniform(0, 12)
     parent, pids = private_run(*QUICK, f"--timeout={SILENCE}")
     time.sleep(moment)
-    victims = pids() | {"parent": parent.pid}
+    while victim not in (victims := pids() | {"parent": parent.pid}) and parent.poll() is None:
+        time.sleep(0.1)
     if victim in victims and parent.poll() is None:
         os.kill(victims[victim], signal.SIGKILL)
     out = parent.communicate(timeout=SILENCE + 30)[0]
