@@ -100,7 +100,8 @@ def test_a_real_run_learns(data_dir, tmp_path):
 
 def test_entropy_regularization_is_trained(data_dir, tmp_path):
     out = run("train.py", *EREG, f"--data_dir={data_dir}", f"--out_dir={tmp_path}",
-              "--max_iters=30", "--learning_rate=1e-2", "--log_interval=1")
+              "--max_iters=30", "--learning_rate=1e-2", "--warmup=0.05",
+              "--log_interval=1")
     steps = of_kind("step", tmp_path)
     for r in steps:
         assert r["entropy_term"] > 0
