@@ -24,7 +24,7 @@ ARCHITECTURES = {  # those without a regularizer: name: (configuration, the pape
     "SM+G": ("sm_g", "3.20"),
     "SM+R": ("sm_r", "2.94"),
     "SM": (SM, "NaN"),
-    "SM+ScFFN": ("sm_scffn", "3.50"),
+    "SM+ScFFN": ("sm_scffn", "3.50 (AERO)"),
     "SM+ScFuFFN": (SC, "3.48"),
 }
 FIVE = {"SM+ScFuFFN": (SC, "3.48"), "EReg": (EREG, "3.21"), "SM+LN+G": (LN_G, "2.69"),
@@ -92,7 +92,7 @@ def norms():
     """Weight and spectral norm by place, Table 4, below the learnable scales."""
     published = {"ffn": ("3.64", "3.63"), "qk": ("3.89", "4.25"), "qk+ffn": ("3.88", "4.23"),
                  "qkv+ffn": ("3.93", "4.26"), "qkvo+ffn": ("3.98", "4.34")}
-    rows = [row("SM+ScFuFFN", SC, "3.48"), row("SM+ScFFN", "sm_scffn", "3.50")]
+    rows = [row("SM+ScFuFFN", SC, "3.48"), row("SM+ScFFN", "sm_scffn", "3.50 (AERO)")]
     for where, (weight, spectral) in published.items():
         rows.append(row(f"SM+WNorm({where.upper()})", SM, weight, weight_norm=where))
         rows.append(row(f"SM+SNorm({where.upper()})", SM, spectral, spectral_norm=where))
