@@ -372,9 +372,10 @@ def test_a_dataset_changed_at_equal_size_is_refused(part, mine):
 def test_large_bins_are_hashed_where_they_are_newer_than_their_meta_json(mine, monkeypatch):
     monkeypatch.setattr(dataset, "ALWAYS_HASHED", 0)
     swap(mine / "train.bin")
-    os.utime(mine / "train.bin", (0, 0))
+    for name, seconds in (("train.bin", 1), ("val.bin", 1), ("meta.json", 2)):
+        os.utime(mine / name, (seconds, seconds))
     open_dataset(mine.parent, "mine", 32)  # no word: hashing takes minutes, and the time is kept
-    os.utime(mine / "train.bin")
+    os.utime(mine / "train.bin", (3, 3))
     with pytest.raises(ValueError, match="not as it was prepared"):
         open_dataset(mine.parent, "mine", 32)
 
