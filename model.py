@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from entropy import attention_with_entropy, causal_block_mask
 from gpt2 import read_gpt2
@@ -36,6 +36,32 @@ ACTIVATIONS = {
     "gelu_tanh": ("G", nn.GELU("tanh")),  # what use_gelu means under the flag gelu_tanh
     "relu": ("R", nn.ReLU()),
     "none": ("", nn.Identity()),
+}
+
+
+class Gain(nn.Module):
+    """A learned number that scales a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, weight):
+        return self.gain * weight
+
+
+def sigma_reparam(layer):
+    """W = gain * V / sigma(V): sigmaReparam's bound on the logits, which softmax alone lacks."""
+    parametrizations.spectral_norm(layer)
+    parametrize.register_parametrization(layer, "weight", Gain())
+
+
+# Reparametrizations of the linears: the flag, the paper's name, and what does it. All of them are
+# gone once the weights are exported.
+NORMS = {
+    "weight_norm": ("WNorm", parametrizations.weight_norm),
+    "spectral_norm": ("SNorm", parametrizations.spectral_norm),
+    "sigma_reparam": ("SReparam", sigma_reparam),
 }
 
 
@@ -57,6 +83,7 @@ class GPTConfig:
     temperature_init: float = 1e-2  # where t starts (the paper: 1e-2 CodeParrot, 1e-1 Languini)
     weight_norm: str = "none"  # linears under weight norm: qk, ffn, qk+ffn, qkv+ffn, qkvo+ffn
     spectral_norm: str = "none"  # linears under spectral norm, likewise
+    sigma_reparam: str = "none"  # spectral norm times a learned gain (arXiv 2303.06296), likewise
     bias: bool = False  # biases also on V, output projection and FFN, as OpenAI's GPT-2 has them
     gelu_tanh: bool = False  # GELU by its tanh approximation, OpenAI's GPT-2's; slower on a CPU
 
@@ -77,12 +104,13 @@ class GPTConfig:
             raise ValueError(f"{' and '.join(flags)} are both on: the FFN has one activation")
         if self.fuse_ffn and flags:
             raise ValueError(f"fuse_ffn needs an FFN without activation: set {flags[0]}=False")
-        for key in ("weight_norm", "spectral_norm"):
+        for key in NORMS:
             if getattr(self, key) not in NORM_PLACES:
                 places = ", ".join(NORM_PLACES)
                 raise ValueError(f"{key} must be one of {places}, and is {getattr(self, key)!r}")
-        if "none" not in (self.weight_norm, self.spectral_norm):
-            raise ValueError("weight_norm and spectral_norm are both on: choose one")
+        norms = [key for key in NORMS if getattr(self, key) != "none"]
+        if len(norms) > 1:
+            raise ValueError(f"{' and '.join(norms)} are both on: choose one")
 
     @property
     def activations(self):
@@ -109,10 +137,9 @@ class GPTConfig:
         fused = "Fu" if self.fuse_ffn else ""
         if scaled or fused:
             parts.append(f"{scaled}{fused}FFN")
-        if self.weight_norm != "none":
-            parts.append(f"WNorm({self.weight_norm.upper()})")
-        if self.spectral_norm != "none":
-            parts.append(f"SNorm({self.spectral_norm.upper()})")
+        for key, (name, _) in NORMS.items():
+            if getattr(self, key) != "none":
+                parts.append(f"{name}({getattr(self, key).upper()})")
         return "+".join(parts) + ("" if self.final_layernorm else ", no ln_f")
 
 
@@ -130,17 +157,17 @@ def cpu_bf16_unit():
 
 def linear(c, d_in, d_out, part, bias):
     """
-    A Linear initialised N(0, 0.02), under c's weight or spectral norm where that covers `part`:
+    A Linear initialised N(0, 0.02), under that one of NORMS which c has on, where it covers `part`:
     "qk", "v", "o" or "ffn".
     """
     layer = nn.Linear(d_in, d_out, bias=bias)
     nn.init.normal_(layer.weight, std=0.02)
     if bias:
         nn.init.zeros_(layer.bias)
-    for place, parametrize in ((c.weight_norm, parametrizations.weight_norm),
-                               (c.spectral_norm, parametrizations.spectral_norm)):
+    for key, (_, normalise) in NORMS.items():
+        place = getattr(c, key)
         if place != "none" and any(part in covered for covered in place.split("+")):
-            parametrize(layer)
+            normalise(layer)
     return layer
 
 

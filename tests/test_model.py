@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from model import ACTIVATIONS, GPT, NORM_PLACES, GPTConfig, load_checkpoint, save_checkpoint
+from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, GPTConfig, load_checkpoint, save_checkpoint
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8)
 SM = dict(use_layernorm=False, use_gelu=False)
@@ -149,6 +149,7 @@ def test_an_activation_of_your_own_is_a_flag_and_an_entry(monkeypatch):
     (dict(temperature_init=math.nan), "temperature_init must be at least 1e-06 and at most"),
     (dict(weight_norm="mlp"), "weight_norm must be one of none, qk, ffn"),
     (dict(weight_norm="ffn", spectral_norm="qk"), "choose one"),
+    (dict(sigma_reparam="ffn", spectral_norm="qk"), "choose one"),
 ])
 def test_contradictions_are_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -196,7 +197,7 @@ def test_temperatures_stay_positive_under_adam():
     assert model(tokens())[0].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("place", NORM_PLACES)
 def test_norms_cover_the_linears_they_name(kind, place):
     model = GPT(GPTConfig(**SMALL, **SM, **{kind: place}))
@@ -215,6 +216,13 @@ def test_norms_do_what_they_say():
             spectral.train()(tokens())
     w_in = spectral.eval().blocks[0].ffn.w_in.weight
     assert torch.linalg.matrix_norm(w_in, 2).item() == pytest.approx(1, abs=1e-3)
+    reparam = GPT(GPTConfig(**SMALL, **SM, sigma_reparam="ffn"))
+    with torch.no_grad():
+        for _ in range(50):
+            reparam.train()(tokens())
+        w_in = reparam.eval().blocks[0].ffn.w_in
+        w_in.parametrizations.weight[1].gain.fill_(3.0)
+    assert torch.linalg.matrix_norm(w_in.weight, 2).item() == pytest.approx(3, abs=3e-3)
     weight = GPT(GPTConfig(**SMALL, **SM, weight_norm="ffn")).blocks[0].ffn.w_in
     with torch.no_grad():
         weight.parametrizations.weight.original0.fill_(2.0)  # the gain: the norm of each row
@@ -225,6 +233,7 @@ def test_norms_do_what_they_say():
     dict(learnable_temperature=True, learnable_ffn_scale=True),
     dict(SM, weight_norm="qkvo+ffn"),
     dict(SM, spectral_norm="ffn"),
+    dict(SM, sigma_reparam="qkvo+ffn"),
     dict(bias=True),
 ])
 def test_weight_decay_spares_all_but_matrices(flags):
@@ -232,7 +241,7 @@ def test_weight_decay_spares_all_but_matrices(flags):
     decayed, spared = ({id(p) for p in group["params"]} for group in model.param_groups(0.1))
     assert [group["weight_decay"] for group in model.param_groups(0.1)] == [0.1, 0.0]
     for name, p in model.named_parameters():
-        spares = ("bias", "ln_", "temperature", "alpha", "beta", "original0")
+        spares = ("bias", "ln_", "temperature", "alpha", "beta", "original0", ".gain")
         gain = any(word in name for word in spares)
         assert (id(p) in spared) == gain and (id(p) in decayed) == (not gain), name
 

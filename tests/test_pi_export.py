@@ -20,6 +20,7 @@ from private.plain import plain_block, plain_export, plain_head  # noqa: E402
 VARIANTS = {
     **ARCHITECTURES,
     "SM+WNorm(QKVO+FFN)": dict(use_layernorm=False, use_gelu=False, weight_norm="qkvo+ffn"),
+    "SM+SReparam(QKVO+FFN)": dict(use_layernorm=False, use_gelu=False, sigma_reparam="qkvo+ffn"),
     "GPT-2's biases": dict(bias=True, gelu_tanh=True),
     "softmax only with biases": dict(ARCHITECTURES["SM+ScFFN"], bias=True),
     "softmax only, no ln_f": dict(ARCHITECTURES["SM+ScFuFFN"], final_layernorm=False),
