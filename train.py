@@ -296,6 +296,13 @@ def stop():
     sys.exit(128 + run.signals[0])
 
 
+def origin():
+    """What the last record of a run tells of how it came about, whichever way it ended."""
+    return dict(arch=arch, tokens=step * tokens_per_step, parameters=n_parameters,
+                settings=settings, torch=torch.__version__, data_sha256=meta["sha256"],
+                machine=f"{platform.processor() or platform.machine()}, {machine}")
+
+
 def diverged(what, x, y):
     """Log and say that `what` is not finite, with each layer's entropy; exit with status 3."""
     model.eval()
@@ -303,7 +310,7 @@ def diverged(what, x, y):
         layers = model(x, y, return_entropy=True)[2].float().mean((1, 2, 3)).tolist()
     finite = [l for l in range(n_layer) if math.isfinite(layers[l])]
     lowest = min(finite, key=lambda l: layers[l], default=0)
-    run.log("diverged", step, what=f"the {what} is not finite", arch=arch,
+    run.log("diverged", step, what=f"the {what} is not finite", **origin(),
             entropy_by_layer=[layers[l] if l in finite else None for l in range(n_layer)])
     advice = "Try a lower learning_rate, a longer warmup or --grad_clip=1"
     if config.name.split(",")[0] == "SM":
@@ -405,11 +412,8 @@ if sample_tokens:
     generator = torch.Generator(device).manual_seed(seed)
     text = sample(model.eval(), tokenizer, sample_prompt, sample_tokens, 0.8, 50, generator)
     run.say(f"--- a sample\n{text}\n---")
-run.log("done", step, arch=arch, val_ce=val_ce, val_ppl=val_ppl, unigram_ppl=unigram,
-        tokens=step * tokens_per_step, tokens_per_s=rate, parameters=n_parameters,
-        entropy_by_layer=layers, settings=settings, sample=text, torch=torch.__version__,
-        machine=f"{platform.processor() or platform.machine()}, {machine}",
-        data_sha256=meta["sha256"])
+run.log("done", step, val_ce=val_ce, val_ppl=val_ppl, unigram_ppl=unigram, tokens_per_s=rate,
+        entropy_by_layer=layers, sample=text, **origin())
 if plot:
     try:
         threshold = regularizer and regularizer.threshold

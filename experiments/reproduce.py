@@ -1,7 +1,8 @@
 """
 Train what the paper's tables and figures are about, and tabulate it.
 
-    python experiments/reproduce.py                            # all that isn't done yet, hours
+    python experiments/reproduce.py                            # all that isn't done yet, a day
+    python experiments/reproduce.py --only=quick               # the smallest table, ten minutes
     python experiments/reproduce.py --only=architectures,gamma # some of the tables
     python experiments/reproduce.py --only=none                # tables of what is there
     python experiments/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, into out/reproduce_gpu
@@ -28,12 +29,12 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
-from entropy import quartile_distribution  # noqa: E402
+from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
 from plot import draw, draw_history, look, read_log, write_figure, write_whole  # noqa: E402
 from tables import PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
 
 only = ""  # tables to train for, comma-separated, or none; all if empty
-scale = "cpu"  # cpu: train.py's defaults | gpu: GPT-2 small
+scale = "cpu"  # cpu: 1M parameters, 10.8M tokens | gpu: GPT-2 small
 gpu_steps = 4000  # scale gpu: steps of every run, 8192 tokens each
 jobs = 2  # runs side by side, each with its share of the cores
 out_dir = "out/reproduce"  # where the runs live
@@ -42,13 +43,16 @@ into = ""  # folder for reproduction.json and pictures; out_dir if empty
 docs = ""  # folder for reproduction.md; `into` if empty
 extra = ""  # further flags of every train.py run; to be kept apart by out_dir
 
-# The first version of this project had one flag for all LayerNorms, and its tables are of models
-# without the final one. float32 whatever the processor does fastest: tables are to compare.
+# bfloat16 whatever the processor does fastest: tables are to compare.
 BASE = {
-    "cpu": dict(final_layernorm=False, warmup=0.05, dtype="float32"),
+    "cpu": dict(dataset="pycode2k", n_layer=4, n_head=4, n_embd=128, batch_size=32, max_iters=2640,
+                eval_interval=330, eval_windows=256, log_interval=50, warmup=0.1,
+                dtype="bfloat16"),
     "gpu": dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, warmup=0.05, eval_windows=512,
                 eval_interval=500, log_interval=50),
 }
+DATASET = ["--corpus=pycode", "--name=pycode2k", "--vocab_size=2048"]  # prepare.py's, for the CPU
+T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, two-sided 95%, by number of seeds
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -93,6 +97,8 @@ class Runs:
         if self.signal or is_over(read_log(path / "log.jsonl")):
             return
         path.mkdir(parents=True, exist_ok=True)
+        if not (path / "made.json").exists():
+            write_whole(str(path / "made.json"), json.dumps(machine_and_commit()).encode())
         environment = dict(os.environ)
         if scale == "cpu":
             environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
@@ -132,9 +138,11 @@ def runs_of(names):
 def train_all(todo):
     """Train what isn't done yet, or exit: with a line where a run fails, saved on a signal."""
     own_data = "--dataset=" in extra
-    meta = os.path.join(data_dir, "pycode", "meta.json")
+    meta = os.path.join(data_dir, BASE[scale].get("dataset", "pycode"), "meta.json")
     if todo and not own_data and not os.path.exists(meta):  # else two runs would both prepare it
         prepare = [sys.executable, ROOT / "data" / "prepare.py", f"--data_dir={data_dir}"]
+        if scale == "cpu":
+            prepare += DATASET
         if subprocess.run(prepare).returncode:
             die("data/prepare.py failed, see above")
     runs = Runs()
@@ -163,12 +171,13 @@ def result(config, flags, seed):
             "data_sha256", "machine", "unigram_ppl")
     heads = [r for r in log if r["event"] == "eval"][-1]["head_entropy"]
     rates = [r["tokens_per_s"] for r in log if r["event"] == "step"]
-    size = None
-    if "settings" in last:
-        shape = ("n_layer", "n_embd", "n_head", "block_size", "vocab_size")
-        size = {key: last["settings"][key] for key in shape}
-    return {key: last.get(key) for key in told} | {
+    shape = ("n_layer", "n_embd", "n_head", "block_size", "vocab_size")
+    size = {key: last["settings"][key] for key in shape}
+    causal = max_causal_entropy(size["block_size"])
+    made = json.loads((folder(config, flags, seed) / "made.json").read_text())
+    return {key: last.get(key) for key in told} | made | {
         "seed": seed, "size": size, "quartiles": quartile_distribution(heads),
+        "quartiles_of_causal_maximum": quartile_distribution(heads, causal),
         "tokens_per_s": round(statistics.median(rates)) if rates else 0, "head_entropy": heads,
         "command": " ".join(["python train.py", *map(str, fresh_command(config, flags, seed))])}
 
@@ -195,58 +204,82 @@ def mean(values):
     return sum(values) / len(values)
 
 
-HEADINGS = ["", "seeds", "tokens", "val. perplexity", "spread over seeds", "over the first",
-            "heads by quarter of the largest, %", "entropy by layer, nats", "tokens/s"]
+def paired(runs, first):
+    """
+    How far the perplexity of runs is from that of first, by the seeds that both have finished:
+    "+8.1% (5.0 to 11.3)", the mean of the log ratios and its 95% interval by Student's t; without
+    the interval for one seed, "" for none.
+    """
+    base = {x["seed"]: x["val_ppl"] for x in first if x["event"] == "done"}
+    ratios = [math.log(x["val_ppl"] / base[x["seed"]]) for x in runs
+              if x["event"] == "done" and x["seed"] in base]
+
+    def percent(ratio):
+        return f"{100 * math.expm1(ratio):+.1f}"
+
+    if not ratios or runs is first:
+        return ""
+    middle = mean(ratios)
+    if len(ratios) == 1:
+        return f"{percent(middle)}%"
+    half = T_QUANTILE[len(ratios)] * statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return f"{percent(middle)}% ({percent(middle - half)} to {percent(middle + half)})"
+
+
+HEADINGS = ["", "seeds", "tokens", "a parameter", "val. perplexity", "spread over seeds",
+            "over the first, by pairs of a seed (95%)", "heads by quarter of the largest, %",
+            "of log(T!)/T, %", "entropy by layer, nats"]
 
 
 def markdown_row(cells):
     return f"| {' | '.join(cells)} |"
 
 
-def cells_of(r, base):
-    """A row's cells, HEADINGS' and the published one. base: the first row's perplexity."""
-    runs = [x for x in r["runs"] if x]
+def shares(runs, key):
+    """Shares of heads by quarter, in percent, the mean of the runs."""
+    return " ".join(f"{100 * mean([x[key][i] for x in runs]):.0f}" for i in range(4))
+
+
+def cells_of(r, first):
+    """A row's cells, HEADINGS' and the published one. first: the first row's runs."""
+    runs = r["runs"]
     if not runs:
         return [r["label"], "not run", *[""] * (len(HEADINGS) - 2), r["published"]]
     done = [x["val_ppl"] for x in runs if x["event"] == "done"]
     if len(done) == len(runs):
         spread = f"{min(done):.1f} to {max(done):.1f}" if len(done) > 1 else ""
-        over = f"{100 * (mean(done) / base - 1):+.1f}%" if base > 0 else ""
-        perplexity = [f"{mean(done):.1f}", spread, over]
+        perplexity = [f"{mean(done):.1f}", spread, paired(runs, first)]
     else:
         steps = [str(x["step"]) for x in runs if x["event"] == "diverged"]
         perplexity = [f"diverged at step {', '.join(steps)}", "", ""]
-    quarters = [f"{100 * mean([x['quartiles'][i] for x in runs]):.0f}" for i in range(4)]
     layers = []
     for entropies in zip(*(x["entropy_by_layer"] for x in runs)):
         layers.append("nan" if None in entropies else f"{mean(entropies):.2f}")
-    return [r["label"], " ".join(str(x["seed"]) for x in runs), f"{runs[0]['tokens'] or 0:,}",
-            *perplexity, " ".join(quarters), " ".join(layers),
-            f"{mean([x['tokens_per_s'] for x in runs]):,.0f}", r["published"]]
+    tokens = runs[0]["tokens"] or 0
+    per_parameter = tokens / runs[0]["parameters"] if runs[0]["parameters"] else 0
+    return [r["label"], " ".join(str(x["seed"]) for x in runs), f"{tokens:,}",
+            f"{per_parameter:.1f}", *perplexity, shares(runs, "quartiles"),
+            shares(runs, "quartiles_of_causal_maximum"), " ".join(layers), r["published"]]
 
 
 def markdown(name, rows):
     title, column, _ = TABLES[name]
-    done = [x["val_ppl"] for x in rows[0]["runs"] if x and x["event"] == "done"]
-    base = mean(done) if done else math.nan
     headings = [*HEADINGS, f"published {column}, the paper's scale"]
-    lines = [f"### {title} (`{name}`)", "", markdown_row(headings),
-             "|" + "---|" * len(headings), *(markdown_row(cells_of(r, base)) for r in rows)]
+    lines = [f"### {title} (`{name}`)", "", markdown_row(headings), "|" + "---|" * len(headings)]
+    lines += [markdown_row(cells_of(r, rows[0]["runs"])) for r in rows]
     return "\n".join(lines) + "\n"
 
 
 def heading(runs, given):
     """The paragraph above the tables: what was trained, where, and by which command."""
-    if not runs:
-        return ""
     one, s = runs[0], runs[0]["size"]
     told = [f"--{k}={v!r}" for k, v in given.items() if k in ("scale", "gpu_steps", "extra")]
+    makers = sorted({f"{x['processor']}, commit {x['commit'][:7]}" for x in runs})
     return (f"{s['n_layer']} layers, width {s['n_embd']}, {s['n_head']} heads, "
             f"T = {s['block_size']}, vocabulary {s['vocab_size']}, pycode (sha256 "
             f"{one['data_sha256'][:16]}), where the paper has 12 layers, width 768, 12 heads and "
-            f"2.1B tokens of CodeParrot. {statistics.mode(x['machine'] for x in runs)}, torch "
-            f"{one['torch']}; tokens/s as trained, {jobs} side by side. Validation perplexity of a "
-            f"unigram model: {one['unigram_ppl']:.1f}. "
+            f"2.1B tokens of CodeParrot (17 a parameter). {one['machine']}, torch {one['torch']}; "
+            f"{'; '.join(makers)}. "
             f"Made by `{' '.join(['python experiments/reproduce.py', *told])}`.\n\n")
 
 
@@ -312,21 +345,25 @@ def main():
 
     tables = {}
     for name, (_, _, rows) in TABLES.items():
-        tables[name] = [r | {"runs": [result(r["config"], r["flags"], seed) for seed in r["seeds"]]}
-                        for r in rows]
-    over = [x for rows in tables.values() for r in rows for x in r["runs"] if x]
-    runs = [x for x in over if x["event"] == "done"]
-    if not over:
+        tables[name] = []
+        for r in rows:
+            runs = [result(r["config"], r["flags"], seed) for seed in r["seeds"]]
+            tables[name].append(r | {"runs": [x for x in runs if x]})
+    runs = [x for rows in tables.values() for r in rows for x in r["runs"]]
+    if not runs:
         die(f"no finished run in {out_dir}")
     for key in ("data_sha256", "torch"):
         if len({x[key] for x in runs}) > 1:
             die(f"the runs in {out_dir} differ in {key} and can't be compared: delete the older "
                 "ones and run again")
     head = heading(runs, given)
-    parts = {name: markdown(name, rows) for name, rows in tables.items()}
-    print(head + "\n".join(parts[name] for name in wanted or tables))
-    made = json.dumps(tables | {"made by": machine_and_commit()}, indent=0) + "\n"
+    parts = {name: markdown(name, rows) for name, rows in tables.items()
+             if any(r["runs"] for r in rows)}
+    print(head + "\n".join(parts[name] for name in wanted or parts if name in parts))
     text = head + "\n".join(parts.values())
+    if missing := ", ".join(name for name in tables if name not in parts):
+        text += f"\nNot run: {missing}.\n"
+    made = json.dumps(tables, indent=0) + "\n"
     try:
         write_whole(str(into_folder / f"reproduction{suffix}.json"), made.encode())
         write_whole(str(docs_folder / f"reproduction{suffix}.md"), text.encode())

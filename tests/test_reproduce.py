@@ -1,39 +1,39 @@
 """experiments/reproduce.py on a tiny model: it trains once, resumes, and says what was not run."""
 import json
+import math
 import sys
 
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "experiments"))
-from reproduce import PICTURES, SEEDS, TABLES, folder  # noqa: E402
+from reproduce import PICTURES, SEEDS, TABLES, folder, paired  # noqa: E402
 
 TINY = ("--dataset=mine --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 "
         "--max_iters=4 --eval_interval=2 --eval_windows=4 --sample_tokens=0 --plot=False")
 
 
 def reproduce(*arguments, status=0):
-    return run("experiments/reproduce.py", "--only=divergence", *arguments, status=status)
+    return run("experiments/reproduce.py", "--only=quick", *arguments, status=status)
 
 
 def test_a_table_is_trained_once_and_tabulated(data_dir, tmp_path):
     arguments = [f"--out_dir={tmp_path / 'out'}", f"--into={tmp_path}", f"--data_dir={data_dir}",
                  f"--extra={TINY}"]
     out = reproduce(*arguments)
-    assert "-s1337: validation perplexity" in out
-    assert "| SM, 12 x 768 | 1337 | 1,024 |" in out
+    assert "-s1: validation perplexity" in out
+    assert "| SM+R, lr 0.001 | 1 | 1,024 |" in out
     assert "### Tolerance" not in out
     tables = json.loads((tmp_path / "reproduction.json").read_text())
-    assert tables["made by"]["cores"] >= 1
-    r = tables["divergence"][0]["runs"][0]
-    assert (r["arch"], r["seed"], len(r["head_entropy"])) == ("SM, no ln_f", 1337, 2)
+    r = tables["quick"][0]["runs"][0]
+    assert (r["arch"], r["seed"], len(r["head_entropy"])) == ("SM+G", 1, 2)
     assert r["val_ppl"] < 600 and r["size"]["n_embd"] == 32
-    assert r["command"].startswith("python train.py config/sm.py --final_layernorm=False")
+    assert r["command"].startswith("python train.py config/sm_g.py --dataset=pycode2k --n_layer=4")
+    assert r["cores"] >= 1 and len(r["commit"]) in (0, 40)
     text = (tmp_path / "reproduction.md").read_text()
-    assert "2 layers, width 32" in text and "| SM+LN+G | not run |" in text
-    assert (tmp_path / "divergence.png").stat().st_size > 20000
-    assert "-s1337: validation" not in reproduce(*arguments)  # nothing is trained again
+    assert "2 layers, width 32" in text and "Not run: architectures, " in text
+    assert "-s1: validation" not in reproduce(*arguments)  # nothing is trained again
     out = run("experiments/reproduce.py", "--only=nothing", *arguments, status=2)
-    assert "only some of architectures" in out
+    assert "only some of quick, architectures" in out
 
 
 def test_a_divergence_is_a_result_like_any_other(data_dir, tmp_path):
@@ -42,7 +42,20 @@ def test_a_divergence_is_a_result_like_any_other(data_dir, tmp_path):
     out = reproduce(f"--out_dir={tmp_path}", f"--data_dir={data_dir}", f"--extra={breaks}")
     assert "diverged at step" in out
     text = (tmp_path / "reproduction.md").read_text()
-    assert "| SM, 12 x 768 | 1337 | 0 | diverged at step" in text
+    assert "| SM+G, lr 0.001 | 1 |" in text and "| diverged at step" in text
+
+
+def test_seeds_are_compared_in_pairs():
+    def runs(*perplexities):
+        return [{"seed": seed, "event": "done", "val_ppl": p} for seed, p in enumerate(perplexities)]
+
+    first = runs(100, 200, 50)
+    assert paired(first, first) == ""
+    assert paired(runs(110, 220, 55), first) == "+10.0% (+10.0 to +10.0)"
+    assert paired(runs(110), first) == "+10.0%"
+    # log ratios 0 and 0.2: their mean is 0.1, its standard error 0.1, and 12.71 of them a side
+    assert paired(runs(100, 200 * math.exp(0.2)), first) == "+10.5% (-69.0 to +293.9)"
+    assert paired([{"seed": 0, "event": "diverged", "val_ppl": None}], first) == ""
 
 
 def test_pictures_show_runs_that_the_tables_train():
