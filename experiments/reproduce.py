@@ -178,8 +178,27 @@ def result(config, flags, seed):
     return {key: last.get(key) for key in told} | made | {
         "seed": seed, "size": size, "quartiles": quartile_distribution(heads),
         "quartiles_of_causal_maximum": quartile_distribution(heads, causal),
+        "collapse_and_jump": breaks(log, size["block_size"]),
         "tokens_per_s": round(statistics.median(rates)) if rates else 0, "head_entropy": heads,
         "command": " ".join(["python train.py", *map(str, fresh_command(config, flags, seed))])}
+
+
+def breaks(log, T):
+    """
+    (collapse, jump) of a run that was evaluated at every step: the first step at which a layer's
+    mean entropy is below a quarter of log(T!)/T, and the first at which the validation loss is a
+    tenth above its lowest so far, by evaluations of the same weights. None for what never happens.
+    """
+    collapse, jump, lowest = None, None, math.inf
+    for r in log:
+        if r["event"] != "eval":
+            continue
+        if collapse is None and min(map(mean, r["head_entropy"])) < max_causal_entropy(T) / 4:
+            collapse = r["step"]
+        if jump is None and not r["val_ce"] <= 1.1 * lowest:  # so that a loss of NaN is one
+            jump = r["step"]
+        lowest = min(lowest, r["val_ce"])
+    return collapse, jump
 
 
 def fresh_command(config, flags, seed):
@@ -267,6 +286,13 @@ def markdown(name, rows):
     headings = [*HEADINGS, f"published {column}, the paper's scale"]
     lines = [f"### {title} (`{name}`)", "", markdown_row(headings), "|" + "---|" * len(headings)]
     lines += [markdown_row(cells_of(r, rows[0]["runs"])) for r in rows]
+    if name == "divergence":
+        lines += ["", "Step at which a layer's entropy first is below a quarter of its maximum, and "
+                  "step at which the loss first is a tenth above its lowest, a pair for each seed:"]
+        for r in rows:
+            pairs = [x["collapse_and_jump"] for x in r["runs"]]
+            told = ", ".join(f"{collapse} and {jump}" for collapse, jump in pairs)
+            lines.append(f"- {r['label']}: {told.replace('None', 'never')}")
     return "\n".join(lines) + "\n"
 
 

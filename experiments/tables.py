@@ -24,7 +24,7 @@ TUNED = {LN_G: 3e-3, LN_R: 3e-3, LN: 3e-3, SM_G: 1e-3, SM_R: 2e-3, SM: 1e-3, SCF
 TUNED_NO_LN_F = {SM_G: 3e-3, SM_R: 3e-3, SM: 3e-3, SCF: 3e-3, SC: 3e-3, T: 3e-3, TH: 3e-3,
                  EREG: 3e-3}
 TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e-3),
-         SM_G: (1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (1e-3, 2e-3, 3e-3),
+         SM_G: (5e-4, 1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (5e-4, 1e-3, 2e-3, 3e-3),
          SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (1e-3, 2e-3, 3e-3),
          EREG: (1e-3, 2e-3, 3e-3, 4e-3)}
 TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3), SM_R: (1e-3, 3e-3), SC: (1e-3, 3e-3, 9e-3),
@@ -33,8 +33,8 @@ TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3), SM_R: (1e-3, 3e-3), SC: (1e-3, 3e-3, 9e-3),
 
 def row(label, config, rate, published="", seeds=SEEDS[:1], **flags):
     """A configuration of config/ with settings of its own, trained with each seed."""
-    if config in (T, TH, EREG):
-        flags = {"temperature_init": 0.1} | flags  # from 0.01 the last layers collapse at such rates
+    if config in (T, TH, EREG):  # whose last layers collapse from 0.01 at such rates
+        flags = {"temperature_init": 0.1} | flags
     return {"label": label, "config": config, "flags": {"learning_rate": rate, **flags},
             "seeds": list(seeds), "published": published}
 

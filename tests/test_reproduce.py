@@ -6,7 +6,7 @@ import sys
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "experiments"))
-from reproduce import PICTURES, SEEDS, TABLES, folder, paired  # noqa: E402
+from reproduce import PICTURES, SEEDS, TABLES, breaks, folder, paired  # noqa: E402
 
 TINY = ("--dataset=mine --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 "
         "--max_iters=4 --eval_interval=2 --eval_windows=4 --sample_tokens=0 --plot=False")
@@ -56,6 +56,16 @@ def test_seeds_are_compared_in_pairs():
     # log ratios 0 and 0.2: their mean is 0.1, its standard error 0.1, and 12.71 of them a side
     assert paired(runs(100, 200 * math.exp(0.2)), first) == "+10.5% (-69.0 to +293.9)"
     assert paired([{"seed": 0, "event": "diverged", "val_ppl": None}], first) == ""
+
+
+def test_collapse_and_jump_are_told_of_the_same_weights():
+    def evals(*values):  # (loss, entropy of the only head in each of two layers)
+        return [{"event": "eval", "step": step, "val_ce": loss, "head_entropy": [[3.8], [entropy]]}
+                for step, (loss, entropy) in enumerate(values)]
+
+    assert breaks(evals((7.0, 3.8), (6.0, 3.8), (6.5, 0.9), (6.7, 0.1)), 128) == (2, 3)
+    assert breaks(evals((7.0, 3.8), (math.nan, 3.8), (6.0, 1.0)), 128) == (None, 1)
+    assert breaks(evals((7.0, 3.8), (6.0, 3.8)), 128) == (None, None)
 
 
 def test_pictures_show_runs_that_the_tables_train():
