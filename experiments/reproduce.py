@@ -23,7 +23,6 @@ from configurator import configure, die, end_on_signals, on_signals, one_of, wit
 end_on_signals()
 
 import json  # noqa: E402
-import math  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
@@ -32,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
 from plot import draw, draw_history, look, read_log, write_figure, write_whole  # noqa: E402
 from tables import PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
+from tabulate import breaks, heading, markdown, mean  # noqa: E402
 
 only = ""  # tables to train for, comma-separated, or none; all if empty
 scale = "cpu"  # cpu: 1M parameters, 10.8M tokens | gpu: GPT-2 small
@@ -52,7 +52,6 @@ BASE = {
                 eval_interval=500, log_interval=50),
 }
 DATASET = ["--corpus=pycode", "--name=pycode2k", "--vocab_size=2048"]  # prepare.py's, for the CPU
-T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, two-sided 95%, by number of seeds
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -183,24 +182,6 @@ def result(config, flags, seed):
         "command": " ".join(["python train.py", *map(str, fresh_command(config, flags, seed))])}
 
 
-def breaks(log, T):
-    """
-    (collapse, jump) of a run that was evaluated at every step: the first step at which a layer's
-    mean entropy is below a quarter of log(T!)/T, and the first at which the validation loss is a
-    tenth above its lowest so far, by evaluations of the same weights. None for what never happens.
-    """
-    collapse, jump, lowest = None, None, math.inf
-    for r in log:
-        if r["event"] != "eval":
-            continue
-        if collapse is None and min(map(mean, r["head_entropy"])) < max_causal_entropy(T) / 4:
-            collapse = r["step"]
-        if jump is None and not r["val_ce"] <= 1.1 * lowest:  # so that a loss of NaN is one
-            jump = r["step"]
-        lowest = min(lowest, r["val_ce"])
-    return collapse, jump
-
-
 def fresh_command(config, flags, seed):
     """What one would type to get this run, its folders left out."""
     settings = BASE[scale] | flags | {"seed": seed}
@@ -217,96 +198,6 @@ def machine_and_commit():
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {"processor": names[0] if names else "", "cores": os.cpu_count(),
             "commit": git.stdout.strip()}
-
-
-def mean(values):
-    return sum(values) / len(values)
-
-
-def paired(runs, first):
-    """
-    How far the perplexity of runs is from that of first, by the seeds that both have finished:
-    "+8.1% (5.0 to 11.3)", the mean of the log ratios and its 95% interval by Student's t; without
-    the interval for one seed, "" for none.
-    """
-    base = {x["seed"]: x["val_ppl"] for x in first if x["event"] == "done"}
-    ratios = [math.log(x["val_ppl"] / base[x["seed"]]) for x in runs
-              if x["event"] == "done" and x["seed"] in base]
-
-    def percent(ratio):
-        return f"{100 * math.expm1(ratio):+.1f}"
-
-    if not ratios or runs is first:
-        return ""
-    middle = mean(ratios)
-    if len(ratios) == 1:
-        return f"{percent(middle)}%"
-    half = T_QUANTILE[len(ratios)] * statistics.stdev(ratios) / math.sqrt(len(ratios))
-    return f"{percent(middle)}% ({percent(middle - half)} to {percent(middle + half)})"
-
-
-HEADINGS = ["", "seeds", "tokens", "a parameter", "val. perplexity", "spread over seeds",
-            "over the first, by pairs of a seed (95%)", "heads by quarter of the largest, %",
-            "of log(T!)/T, %", "entropy by layer, nats"]
-
-
-def markdown_row(cells):
-    return f"| {' | '.join(cells)} |"
-
-
-def shares(runs, key):
-    """Shares of heads by quarter, in percent, the mean of the runs."""
-    return " ".join(f"{100 * mean([x[key][i] for x in runs]):.0f}" for i in range(4))
-
-
-def cells_of(r, first):
-    """A row's cells, HEADINGS' and the published one. first: the first row's runs."""
-    runs = r["runs"]
-    if not runs:
-        return [r["label"], "not run", *[""] * (len(HEADINGS) - 2), r["published"]]
-    done = [x["val_ppl"] for x in runs if x["event"] == "done"]
-    if len(done) == len(runs):
-        spread = f"{min(done):.1f} to {max(done):.1f}" if len(done) > 1 else ""
-        perplexity = [f"{mean(done):.1f}", spread, paired(runs, first)]
-    else:
-        steps = [str(x["step"]) for x in runs if x["event"] == "diverged"]
-        perplexity = [f"diverged at step {', '.join(steps)}", "", ""]
-    layers = []
-    for entropies in zip(*(x["entropy_by_layer"] for x in runs)):
-        layers.append("nan" if None in entropies else f"{mean(entropies):.2f}")
-    tokens = runs[0]["tokens"] or 0
-    per_parameter = tokens / runs[0]["parameters"] if runs[0]["parameters"] else 0
-    return [r["label"], " ".join(str(x["seed"]) for x in runs), f"{tokens:,}",
-            f"{per_parameter:.1f}", *perplexity, shares(runs, "quartiles"),
-            shares(runs, "quartiles_of_causal_maximum"), " ".join(layers), r["published"]]
-
-
-def markdown(name, rows):
-    title, column, _ = TABLES[name]
-    headings = [*HEADINGS, f"published {column}, the paper's scale"]
-    lines = [f"### {title} (`{name}`)", "", markdown_row(headings), "|" + "---|" * len(headings)]
-    lines += [markdown_row(cells_of(r, rows[0]["runs"])) for r in rows]
-    if name == "divergence":
-        lines += ["", "Step at which a layer's entropy first is below a quarter of its maximum, and "
-                  "step at which the loss first is a tenth above its lowest, a pair for each seed:"]
-        for r in rows:
-            pairs = [x["collapse_and_jump"] for x in r["runs"]]
-            told = ", ".join(f"{collapse} and {jump}" for collapse, jump in pairs)
-            lines.append(f"- {r['label']}: {told.replace('None', 'never')}")
-    return "\n".join(lines) + "\n"
-
-
-def heading(runs, given):
-    """The paragraph above the tables: what was trained, where, and by which command."""
-    one, s = runs[0], runs[0]["size"]
-    told = [f"--{k}={v!r}" for k, v in given.items() if k in ("scale", "gpu_steps", "extra")]
-    makers = sorted({f"{x['processor']}, commit {x['commit'][:7]}" for x in runs})
-    return (f"{s['n_layer']} layers, width {s['n_embd']}, {s['n_head']} heads, "
-            f"T = {s['block_size']}, vocabulary {s['vocab_size']}, pycode (sha256 "
-            f"{one['data_sha256'][:16]}), where the paper has 12 layers, width 768, 12 heads and "
-            f"2.1B tokens of CodeParrot (17 a parameter). {one['machine']}, torch {one['torch']}; "
-            f"{'; '.join(makers)}. "
-            f"Made by `{' '.join(['python experiments/reproduce.py', *told])}`.\n\n")
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -382,7 +273,8 @@ def main():
         if len({x[key] for x in runs}) > 1:
             die(f"the runs in {out_dir} differ in {key} and can't be compared: delete the older "
                 "ones and run again")
-    head = heading(runs, given)
+    told = [f"--{key}={given[key]!r}" for key in ("scale", "gpu_steps", "extra") if key in given]
+    head = heading(runs, " ".join(["python experiments/reproduce.py", *told]))
     parts = {name: markdown(name, rows) for name, rows in tables.items()
              if any(r["runs"] for r in rows)}
     print(head + "\n".join(parts[name] for name in wanted or parts if name in parts))

@@ -6,7 +6,8 @@ import sys
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "experiments"))
-from reproduce import PICTURES, SEEDS, TABLES, breaks, folder, paired  # noqa: E402
+from reproduce import PICTURES, SEEDS, TABLES, folder  # noqa: E402
+from tabulate import breaks, paired  # noqa: E402
 
 TINY = ("--dataset=mine --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 "
         "--max_iters=4 --eval_interval=2 --eval_windows=4 --sample_tokens=0 --plot=False")
@@ -47,7 +48,8 @@ def test_a_divergence_is_a_result_like_any_other(data_dir, tmp_path):
 
 def test_seeds_are_compared_in_pairs():
     def runs(*perplexities):
-        return [{"seed": seed, "event": "done", "val_ppl": p} for seed, p in enumerate(perplexities)]
+        return [{"seed": seed, "event": "done", "val_ppl": value}
+                for seed, value in enumerate(perplexities)]
 
     first = runs(100, 200, 50)
     assert paired(first, first) == ""
