@@ -19,8 +19,8 @@ NAMES = {LN_G: "SM+LN+G", LN_R: "SM+LN+R", LN: "SM+LN", SM_G: "SM+G", SM_R: "SM+
 PUBLISHED = {LN_G: "2.69", LN_R: "2.76", LN: "3.38", SM_G: "3.20", SM_R: "2.94", SM: "NaN",
              SCF: "3.50 (AERO)", SC: "3.48", EREG: "3.21"}
 
-TUNED = {LN_G: 3e-3, LN_R: 3e-3, LN: 3e-3, SM_G: 1e-3, SM_R: 2e-3, SM: 1e-3, SCF: 1e-3, SC: 2e-3,
-         T: 1e-3, TH: 1e-3, EREG: 3e-3}
+TUNED = {LN_G: 3e-3, LN_R: 3e-3, LN: 3e-3, SM_G: 1e-3, SM_R: 2e-3, SM: 1e-3, SCF: 2e-3, SC: 2e-3,
+         T: 1e-3, TH: 1e-3, EREG: 4e-3}
 TUNED_NO_LN_F = {SM_G: 3e-3, SM_R: 3e-3, SM: 3e-3, SCF: 3e-3, SC: 3e-3, T: 3e-3, TH: 3e-3,
                  EREG: 3e-3}
 TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e-3),
