@@ -118,7 +118,8 @@ WITH_SHARES = "PPL; share of heads in the top quarter"
 TABLES = {  # name: (what it is, what the published column shows, rows)
     "quick": ("Ten minutes: does ReLU or GELU suit a model without LayerNorm?", "PPL",
               tuning({SM_G: (1e-3,), SM_R: (1e-3,)})),
-    "architectures": ("The configurations of the perplexity tables, each at its own rate", WITH_SHARES,
+    "architectures": ("The configurations of the perplexity tables, each at its own rate",
+                      WITH_SHARES,
                       each({key: TUNED[key] for key in NAMES if key != TH})),
     "no_final_layernorm": ("The same without the final LayerNorm", WITH_SHARES,
                            each({key: TUNED_NO_LN_F[key] for key in NAMES
