@@ -55,8 +55,13 @@ DATASET = ["--corpus=pycode", "--name=pycode2k", "--vocab_size=2048"]  # prepare
 
 
 # ---------------------------------------------------------------------------------------- training
+def at_scale(flags):
+    """A run's settings: GPT-2 small keeps the paper's learning rate, as ours suit a width of 128."""
+    return flags | {"learning_rate": 1e-3} if scale == "gpu" else flags
+
+
 def folder(config, flags, seed):
-    settings = [f"{key}={value}" for key, value in flags.items()]
+    settings = [f"{key}={value}" for key, value in at_scale(flags).items()]
     return Path(out_dir) / "-".join([config, *settings, f"s{seed}"])
 
 
@@ -67,7 +72,7 @@ def is_over(log):
 def command(config, flags, seed):
     """The train.py command of a run: a fresh one, or one that goes on where it was stopped."""
     path = folder(config, flags, seed)
-    settings = BASE[scale] | flags | {"seed": seed, "data_dir": data_dir, "out_dir": path}
+    settings = BASE[scale] | at_scale(flags) | {"seed": seed, "data_dir": data_dir, "out_dir": path}
     if scale == "gpu":
         settings = {"max_iters": gpu_steps} | settings
     start = [f"config/{config}.py"]
@@ -175,7 +180,8 @@ def result(config, flags, seed):
     causal = max_causal_entropy(size["block_size"])
     made = json.loads((folder(config, flags, seed) / "made.json").read_text())
     return {key: last.get(key) for key in told} | made | {
-        "seed": seed, "size": size, "quartiles": quartile_distribution(heads),
+        "seed": seed, "size": size, "learning_rate": last["settings"]["learning_rate"],
+        "quartiles": quartile_distribution(heads),
         "quartiles_of_causal_maximum": quartile_distribution(heads, causal),
         "collapse_and_jump": breaks(log, size["block_size"]),
         "tokens_per_s": round(statistics.median(rates)) if rates else 0, "head_entropy": heads,
@@ -184,7 +190,7 @@ def result(config, flags, seed):
 
 def fresh_command(config, flags, seed):
     """What one would type to get this run, its folders left out."""
-    settings = BASE[scale] | flags | {"seed": seed}
+    settings = BASE[scale] | at_scale(flags) | {"seed": seed}
     return [f"config/{config}.py", *(f"--{key}={value}" for key, value in settings.items()),
             *extra.split()]
 

@@ -45,15 +45,14 @@ def each(rates, seeds=SEEDS, **flags):
     rows = []
     for config, rate in rates.items():
         published = [told[config] for told in (PUBLISHED, TOP_QUARTER) if config in told]
-        rows.append(row(f"{NAMES[config]}, lr {rate:g}", config, rate, "; ".join(published), seeds,
-                        **flags))
+        rows.append(row(NAMES[config], config, rate, "; ".join(published), seeds, **flags))
     return rows
 
 
 def tuning(tried, note="", **flags):
     """Every rate of every configuration, short runs on the tuning seed."""
-    return [row(f"{NAMES[config]}{note}, lr {rate:g}", config, rate, "", [TUNING_SEED],
-                **SHORT, **flags) for config, rates in tried.items() for rate in rates]
+    return [row(NAMES[config] + note, config, rate, "", [TUNING_SEED], **SHORT, **flags)
+            for config, rates in tried.items() for rate in rates]
 
 
 def some(suffix, configs=(SC, EREG, LN_G, SM_G, SM_R), **flags):
@@ -63,16 +62,15 @@ def some(suffix, configs=(SC, EREG, LN_G, SM_G, SM_R), **flags):
 
 
 def ablation():
-    """Temperature and regularizer, each alone and together, at EReg's learning rate and SC's."""
+    """Temperature and regularizer, each alone and together, at SC's learning rate and EReg's."""
     rows = []
     for rate in (TUNED[SC], TUNED[EREG]):
-        at = f", lr {rate:g}"
         rows += [
-            row("neither: SM+ScFuFFN" + at, SC, rate, "3.48"),
-            row("temperature alone: SM(t)+ScFuFFN" + at, T, rate),
-            row("regularizer alone: EReg(SM+ScFuFFN)" + at, SC, rate, entropy_reg=True),
-            row("both: EReg(SM(t)+ScFuFFN)" + at, EREG, rate, "3.21"),
-            row("both, one temperature a head" + at, EREG, rate, temperature_per_head=True)]
+            row("neither: SM+ScFuFFN", SC, rate, "3.48"),
+            row("temperature alone: SM(t)+ScFuFFN", T, rate),
+            row("regularizer alone: EReg(SM+ScFuFFN)", SC, rate, entropy_reg=True),
+            row("both: EReg(SM(t)+ScFuFFN)", EREG, rate, "3.21"),
+            row("both, one temperature a head", EREG, rate, temperature_per_head=True)]
     return rows
 
 
@@ -99,7 +97,7 @@ def rivals():
     """What else holds the logits and costs inference nothing, at the same rates as EReg."""
     rows = [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS)]
     for rate in (2e-3, 3e-3, 6e-3):
-        rows.append(row(f"SM+ScFuFFN, sigmaReparam, lr {rate:g}", SC, rate, "", SEEDS,
+        rows.append(row("SM+ScFuFFN, sigmaReparam", SC, rate, "", SEEDS,
                         sigma_reparam="qkvo+ffn"))
     return rows
 

@@ -34,8 +34,8 @@ def paired(runs, first):
     return f"{percent(middle)}% ({percent(middle - half)} to {percent(middle + half)})"
 
 
-HEADINGS = ["", "seeds", "tokens", "a parameter", "val. perplexity", "spread over seeds",
-            "over the first, by pairs of a seed (95%)", "heads by quarter of the largest, %",
+HEADINGS = ["", "learning rate", "seeds", "tokens", "a parameter", "val. perplexity",
+            "spread over seeds", "over the first, by pairs of a seed (95%)", "heads by quarter of the largest, %",
             "of log(T!)/T, %", "entropy by layer, nats"]
 
 
@@ -52,22 +52,24 @@ def cells_of(r, first):
     """A row's cells, HEADINGS' and the published one. first: the first row's runs."""
     runs = r["runs"]
     if not runs:
-        return [r["label"], "not run", *[""] * (len(HEADINGS) - 2), r["published"]]
+        rate = f"{r['flags']['learning_rate']:g}"
+        return [r["label"], rate, "not run", *[""] * (len(HEADINGS) - 3), r["published"]]
     done = [x["val_ppl"] for x in runs if x["event"] == "done"]
-    if len(done) == len(runs):
-        spread = f"{min(done):.1f} to {max(done):.1f}" if len(done) > 1 else ""
-        perplexity = [f"{mean(done):.1f}", spread, paired(runs, first)]
-    else:
-        steps = [str(x["step"]) for x in runs if x["event"] == "diverged"]
-        perplexity = [f"diverged at step {', '.join(steps)}", "", ""]
+    broken = [str(x["step"]) for x in runs if x["event"] == "diverged"]
+    perplexity, spread = f"{mean(done):.1f}" if done else "", ""
+    if broken:
+        perplexity += f" diverged at step {', '.join(broken)}"
+    if len(done) > 1:
+        spread = f"{min(done):.1f} to {max(done):.1f}"
     layers = []
     for entropies in zip(*(x["entropy_by_layer"] for x in runs)):
         layers.append("nan" if None in entropies else f"{mean(entropies):.2f}")
-    tokens = runs[0]["tokens"] or 0
-    per_parameter = tokens / runs[0]["parameters"] if runs[0]["parameters"] else 0
-    return [r["label"], " ".join(str(x["seed"]) for x in runs), f"{tokens:,}",
-            f"{per_parameter:.1f}", *perplexity, shares(runs, "quartiles"),
-            shares(runs, "quartiles_of_causal_maximum"), " ".join(layers), r["published"]]
+    seeds = " ".join(str(x["seed"]) for x in runs)
+    per_parameter = f"{runs[0]['tokens'] / runs[0]['parameters']:.1f}"
+    return [r["label"], f"{runs[0]['learning_rate']:g}", seeds, f"{runs[0]['tokens']:,}",
+            per_parameter, perplexity.strip(), spread, paired(runs, first),
+            shares(runs, "quartiles"), shares(runs, "quartiles_of_causal_maximum"),
+            " ".join(layers), r["published"]]
 
 
 def markdown(name, rows):

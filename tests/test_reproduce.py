@@ -22,7 +22,7 @@ def test_a_table_is_trained_once_and_tabulated(data_dir, tmp_path):
                  f"--extra={TINY}"]
     out = reproduce(*arguments)
     assert "-s1: validation perplexity" in out
-    assert "| SM+R, lr 0.001 | 1 | 1,024 |" in out
+    assert "| SM+R | 0.001 | 1 | 1,024 |" in out
     assert "### Tolerance" not in out
     tables = json.loads((tmp_path / "reproduction.json").read_text())
     r = tables["quick"][0]["runs"][0]
@@ -43,7 +43,7 @@ def test_a_divergence_is_a_result_like_any_other(data_dir, tmp_path):
     out = reproduce(f"--out_dir={tmp_path}", f"--data_dir={data_dir}", f"--extra={breaks}")
     assert "diverged at step" in out
     text = (tmp_path / "reproduction.md").read_text()
-    assert "| SM+G, lr 0.001 | 1 |" in text and "| diverged at step" in text
+    assert "| SM+G | 100 | 1 |" in text and "| diverged at step" in text
 
 
 def test_seeds_are_compared_in_pairs():
