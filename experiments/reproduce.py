@@ -56,7 +56,7 @@ DATASET = ["--corpus=pycode", "--name=pycode2k", "--vocab_size=2048"]  # prepare
 
 # ---------------------------------------------------------------------------------------- training
 def at_scale(flags):
-    """A run's settings: GPT-2 small keeps the paper's learning rate, as ours suit a width of 128."""
+    """A run's settings: GPT-2 small keeps the paper's learning rate, ours suit a width of 128."""
     return flags | {"learning_rate": 1e-3} if scale == "gpu" else flags
 
 

@@ -35,8 +35,8 @@ def paired(runs, first):
 
 
 HEADINGS = ["", "learning rate", "seeds", "tokens", "a parameter", "val. perplexity",
-            "spread over seeds", "over the first, by pairs of a seed (95%)", "heads by quarter of the largest, %",
-            "of log(T!)/T, %", "entropy by layer, nats"]
+            "spread over seeds", "over the first, by pairs of a seed (95%)",
+            "heads by quarter of the largest, %", "of log(T!)/T, %", "entropy by layer, nats"]
 
 
 def markdown_row(cells):
