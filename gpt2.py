@@ -25,12 +25,11 @@ BUFFERS = (".attn.bias", ".attn.masked_bias")  # older files hold the causal mas
 
 def read_gpt2(path):
     """
-    (keyword arguments of GPTConfig, state dict of GPT) of a .safetensors file, a folder with a
-    model.safetensors, or a hub id. Raises FileNotFoundError if there is no such file and the hub
-    cannot be reached, ValueError if it is damaged, no GPT-2, or one that this GPT can't be.
+    (keyword arguments of GPTConfig, state dict of GPT in float32) of a .safetensors file, a folder
+    with a model.safetensors or one in shards, or a hub id. Raises FileNotFoundError if there is no
+    such file and the hub cannot be reached, ValueError if it is damaged, no GPT-2, or one that this
+    GPT can't be.
     """
-    from safetensors import safe_open
-
     if os.path.isdir(path):
         path = os.path.join(path, "model.safetensors")
     elif not path.endswith(".safetensors"):
@@ -40,9 +39,7 @@ def read_gpt2(path):
         if os.path.exists(beside):
             with open(beside, encoding="utf-8") as file:
                 settings = json.load(file)
-        with safe_open(path, "pt") as file:
-            tensors = {name.removeprefix("transformer."): file.get_tensor(name)
-                       for name in file.keys()}
+        tensors = read_tensors(path)
         flags = config_flags(tensors, settings)
         return flags, state_dict(tensors, flags, settings)
     except FileNotFoundError:
@@ -50,6 +47,21 @@ def read_gpt2(path):
     except Exception as e:  # a missing key, a wrong shape, a damaged file: all one to the user
         reason = e if type(e) is ValueError else f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} does not hold a GPT-2 that this GPT can be: {reason}") from e
+
+
+def read_tensors(path):
+    """{name: float32 tensor} of a .safetensors file, or of the shards that stand for it."""
+    from safetensors.torch import load_file
+
+    paths, index = [path], path + ".index.json"
+    if not os.path.exists(path) and os.path.exists(index):
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        paths = [os.path.join(os.path.dirname(path), os.path.basename(shard)) for shard in shards]
+    tensors = {}
+    for path in paths:
+        tensors |= load_file(path)
+    return {name.removeprefix("transformer."): t.float() for name, t in tensors.items()}
 
 
 def download(hub_id):

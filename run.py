@@ -14,12 +14,14 @@ from configurator import on_signals
 class Run:
     """
     A run that writes ckpt.pt, log.jsonl and entropy.png into `folder`. From here on a full disk or
-    too little memory ends the process with one line.
+    too little memory ends the process with one line. Of several processes that train together
+    only the first one, rank 0, logs and says anything.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, rank=0, ranks=1):
+        self.folder, self.rank, self.ranks = folder, rank, ranks
         self.ckpt = os.path.join(folder, "ckpt.pt")
+        self.best = os.path.join(folder, "best.pt")
         self.path = os.path.join(folder, "log.jsonl")
         self.picture = os.path.join(folder, "entropy.png")
         self.signals = []  # that arrived since open(), for the loop to stop at
@@ -32,15 +34,17 @@ class Run:
         those of a run that is resumed after `resumed_at` steps, and keep signals from here on.
         Raises OSError if the folder can't be written or another run has it.
         """
+        on_signals(self.on_signal)
+        if self.rank:
+            return
         os.makedirs(self.folder, exist_ok=True)
         lock(self.folder)
         if resumed_at is None:
-            for path in (self.ckpt, self.path, self.picture):
+            for path in (self.ckpt, self.path, self.picture, self.best):
                 move_aside(path)
         elif os.path.exists(self.path):
             trim_log(self.path, resumed_at)
         self.file = open(self.path, "a")
-        on_signals(self.on_signal)
 
     def track_with(self, log_to, name, settings):
         """Give every record's numbers to TensorBoard or Weights & Biases as well."""
@@ -60,6 +64,8 @@ class Run:
 
     def log(self, event, step, **values):
         """Append a record to log.jsonl. Raises OSError with the file and the cause if it can't."""
+        if self.rank:
+            return
         try:
             print(json.dumps({"event": event, "step": step, **values}), file=self.file, flush=True)
         except OSError as e:
@@ -68,6 +74,8 @@ class Run:
 
     def say(self, text, file=None):
         """Print a line. A terminal or a pipe that is gone is one more signal, and loses no work."""
+        if self.rank:
+            return
         file = file or sys.stdout
         try:
             print(text, file=file, flush=True)
@@ -81,8 +89,8 @@ class Run:
         return "No checkpoint was written yet"
 
     def on_signal(self, number, frame):
-        if self.signals:
-            sys.exit(128 + number)  # asked twice
+        if self.signals and self.ranks == 1:
+            sys.exit(128 + number)  # asked twice; torchrun hands on what its children had as well
         self.signals.append(number)
         self.say("\nstopping after this step (again to stop at once)", sys.stderr)
 
