@@ -2,10 +2,12 @@
 import os
 import re
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from data.tokenizer import convert_tokenizer, load_tokenizer
+from data.tokenizer import convert_tokenizer, encode_batch, load_tokenizer
 from model import GPT, GPTConfig, load_checkpoint
 
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # what no flag changes in a trained model
@@ -13,18 +15,18 @@ SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # what no flag changes in
 
 def is_checkpoint(name):
     """Whether `name` is a checkpoint's, and not GPT-2's: a hub id, a folder or a .safetensors."""
-    other_file = os.path.isfile(name) and not name.endswith(".safetensors")
-    return name.endswith(".pt") or other_file
+    file = os.path.isfile(os.path.expanduser(name))
+    return name.endswith(".pt") or file and not name.endswith(".safetensors")
 
 
-def read_pretrained(name, *needed):
+def read_pretrained(name):
     """
-    What load_checkpoint gives of a checkpoint, with the keys `needed`; of GPT-2 "model" and
-    "model_config". Raises what load_checkpoint and read_gpt2 raise.
+    What load_checkpoint gives of a checkpoint; of GPT-2 "model" and "model_config". Raises what
+    load_checkpoint and read_gpt2 raise.
     """
     name = os.path.expanduser(name)
     if is_checkpoint(name):
-        return load_checkpoint(name, *needed)
+        return load_checkpoint(name)
     model = GPT.from_gpt2(name)
     return {"model": model.state_dict(), "model_config": asdict(model.config)}
 
@@ -34,20 +36,42 @@ def open_pretrained(name, tokenizer=""):
     (model in eval mode, tiktoken encoding) of a checkpoint or GPT-2. tokenizer: of GPT-2, where
     there is no tokenizer.json beside its weights. Raises OSError or ValueError, a sentence.
     """
-    name = os.path.expanduser(name)
+    source = read_pretrained(name)
+    return GPT.from_checkpoint(source), encoding_of(name, source, tokenizer)
+
+
+def encoding_of(name, source, tokenizer=""):
+    """The encoding of `name`, of which read_pretrained gave `source`: see open_pretrained."""
     if not is_checkpoint(name):
-        source = tokenizer or beside(name) or "gpt2"
-        return GPT.from_gpt2(name), load_tokenizer(convert_tokenizer(source))
-    checkpoint = load_checkpoint(name, "tokenizer")
+        return load_tokenizer(convert_tokenizer(tokenizer or beside(name) or "gpt2"))
     try:
-        return GPT.from_checkpoint(checkpoint), load_tokenizer(checkpoint["tokenizer"])
-    except (KeyError, TypeError, AttributeError, OSError) as e:
+        return load_tokenizer(source["tokenizer"])
+    except (KeyError, TypeError, AttributeError, OSError, ValueError) as e:
         raise ValueError(f"{name} has no tokenizer of train.py's ({e!r})") from e
+
+
+def read_tokens(path, encoding, vocab_size):
+    """
+    (tokens of a text file, the bytes that all but the first stand for). Raises OSError if it can't
+    be read, ValueError if it is no UTF-8, shorter than two tokens, or beyond the vocabulary.
+    """
+    if not os.path.isfile(os.path.expanduser(path)):
+        raise FileNotFoundError(f"no text file {path!r}: name one by --text=FILE")
+    try:
+        content = Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no text in UTF-8: {e}") from e
+    [ids] = encode_batch(encoding, [content], 1)
+    if len(ids) < 2:
+        raise ValueError(f"{path} has {len(ids)} tokens: two are needed to predict one")
+    if max(ids) >= vocab_size:
+        raise ValueError(f"{path} has token {max(ids)}, outside the model's {vocab_size}")
+    return np.array(ids), len(content.encode()) - len(encoding.decode_single_token_bytes(ids[0]))
 
 
 def beside(name):
     """The tokenizer.json in a folder of GPT-2's, or ""."""
-    path = os.path.join(name, "tokenizer.json")
+    path = os.path.join(os.path.expanduser(name), "tokenizer.json")
     return path if os.path.exists(path) else ""
 
 
@@ -57,8 +81,8 @@ def check_tokenizer(name, source, spec, vocab_size):
     trained model `name` that read_pretrained gave as `source`, as far as that can be told.
     """
     theirs = source.get("tokenizer")
-    if not is_checkpoint(name) and beside(os.path.expanduser(name)):
-        theirs = convert_tokenizer(beside(os.path.expanduser(name)))
+    if not is_checkpoint(name) and beside(name):
+        theirs = convert_tokenizer(beside(name))
     if theirs:
         same = theirs["ranks"] == spec["ranks"]
     else:
