@@ -19,7 +19,12 @@ ACTIVATION_FLAGS = {
     "gelu_pytorch_tanh": {"gelu_tanh": True},
     "gelu": {},
     "relu": {"use_gelu": False, "use_relu": True},
+    "linear": {"use_gelu": False},
 }
+WHOLE = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")  # named alike there and here
+# A block's parts, there and here; but for its attn.c_attn, which is attn.qk and attn.v here
+PARTS = {"ln_1": "ln_1", "attn.c_proj": "attn.o", "ln_2": "ln_2", "mlp.c_fc": "ffn.w_in",
+         "mlp.c_proj": "ffn.w_out"}
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # older files hold the causal mask as well
 
 
@@ -105,8 +110,7 @@ def state_dict(tensors, flags, settings):
     """
     d, d_k = flags["n_embd"], flags["n_embd"] // flags["n_head"]
     theirs = {name: t for name, t in tensors.items() if not name.endswith(BUFFERS)}
-    ours = {name: theirs.pop(name)
-            for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")}
+    ours = {name: theirs.pop(name) for name in WHOLE}
     if not torch.equal(theirs.pop("lm_head.weight", ours["wte.weight"]), ours["wte.weight"]):
         raise ValueError("its output matrix is not its embedding, and this GPT ties the two")
     for i in range(flags["n_layer"]):
@@ -118,9 +122,8 @@ def state_dict(tensors, flags, settings):
                 return theirs.pop(f"h.{i}.{name}.{kind}").t()  # t() leaves a vector as it is
 
             q, k, v = take("attn.c_attn").split(d)
-            block = {"ln_1": take("ln_1"), "attn.qk": torch.cat((scale * q, k)), "attn.v": v,
-                     "attn.o": take("attn.c_proj"), "ln_2": take("ln_2"),
-                     "ffn.w_in": take("mlp.c_fc"), "ffn.w_out": take("mlp.c_proj")}
+            block = {our: take(their) for their, our in PARTS.items()}
+            block |= {"attn.qk": torch.cat((scale * q, k)), "attn.v": v}
             ours |= {f"blocks.{i}.{name}.{kind}": tensor for name, tensor in block.items()}
     if theirs:
         raise ValueError(f"this GPT has no place for {', '.join(sorted(theirs)[:3])}")

@@ -41,6 +41,12 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def wait_for_all():
+    """Go on when all processes that train together are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def choose_machine(device, dtype, compile):
     """
     (device, type of the matrix products, whether to compile, a sentence that says so) for the

@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 from itertools import count
@@ -71,6 +72,11 @@ class Run:
         except OSError as e:
             raise OSError(f"can't write {self.path}: {e.strerror}") from e
         self.track({k: v for k, v in values.items() if type(v) in (int, float)}, step)
+
+    def keep_best(self):
+        """Keep the checkpoint just written as best.pt too, whole or not at all."""
+        shutil.copyfile(self.ckpt, self.best + ".tmp")
+        os.replace(self.best + ".tmp", self.best)
 
     def say(self, text, file=None):
         """Print a line. A terminal or a pipe that is gone is one more signal, and loses no work."""

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import open_dataset
 from entropy import EntropyRegularizer, max_causal_entropy
-from machine import check_memory, choose_machine, join_processes
+from machine import check_memory, choose_machine, join_processes, wait_for_all
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from plot import describe, diagnosis, draw, read_log
 from pretrained import check_tokenizer, read_pretrained, restore, start_from
@@ -47,6 +47,7 @@ from sample import sample
 out_dir = "out"  # checkpoint and log
 init_from = "scratch"  # scratch | resume (out_dir's) | a checkpoint | gpt2, ..., or its folder
 eval_interval = 250  # steps between evaluations; each also writes a checkpoint
+keep_best = False  # keep the checkpoint of the lowest validation loss too, as best.pt
 eval_windows = 256  # validation windows of block_size tokens, the same ones every time
 log_interval = 50  # steps between log lines
 log_to = ""  # also to "tensorboard" or "wandb" (installed by you)
@@ -130,13 +131,6 @@ except ValueError as e:
 if grad_accum % ranks:
     die(f"grad_accum={grad_accum} passes a step can't be shared out among {ranks} processes: "
         f"--grad_accum={ranks} or a multiple", 2)
-
-
-
-def wait_for_all():
-    """Go on when every process of this run is here."""
-    if ranks > 1:
-        dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -405,6 +399,10 @@ while True:
         run.log("eval", step, val_ce=val_ce, val_ppl=val_ppl,
                 head_entropy=[[round(e, 4) for e in heads] for heads in head_entropy.tolist()])
         save()
+        if keep_best and rank == 0:
+            losses = [r["val_ce"] for r in read_log(run.path) if r["event"] == "eval"]
+            if val_ce == min(losses):
+                run.keep_best()
     if step >= max_iters:
         break
 

@@ -139,6 +139,18 @@ def test_an_earlier_run_is_moved_aside(data_dir, tmp_path):
     assert (tmp_path / "ckpt.pt.old2").read_bytes() == second
 
 
+def test_the_best_checkpoint_is_kept_beside_the_last(data_dir, tmp_path):
+    """A learning rate that begins well and then is far too high; the best survives a resume."""
+    change = tmp_path / "change.py"
+    change.write_text("learning_rate = 0.5\nlr_decay_iters = 40\nwarmup = 1.0\nkeep_best = True\n")
+    run("train.py", change, *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out",
+        "--max_iters=20", "--eval_interval=2")
+    resume(tmp_path / "out", data_dir, "--max_iters=24")
+    losses = {r["step"]: r["val_ce"] for r in of_kind("eval", tmp_path / "out")}
+    best = torch.load(tmp_path / "out" / "best.pt", weights_only=True)
+    assert best["step"] == min(losses, key=losses.get) < content(tmp_path / "out")["step"] == 24
+
+
 def test_resuming_mends_the_log_and_obeys_the_command_line(out_dir, data_dir):
     """The log had run ahead of the checkpoint, was damaged, and broke off within a line."""
     with open(out_dir / "log.jsonl", "ab") as f:
