@@ -168,8 +168,7 @@ class Attention(nn.Module):
         self.o = linear(c, d, d, "o", bias=c.bias)
         if c.learnable_temperature:
             # log t is what is learned: t stays positive whatever the optimizer does
-            self.per_head = c.temperature_per_head
-            shape = (c.n_head, 1 if self.per_head else c.block_size)
+            shape = (c.n_head, 1 if c.temperature_per_head else c.block_size)
             self.log_temperature = nn.Parameter(torch.full(shape, math.log(c.temperature_init)))
 
     @property
@@ -188,17 +187,21 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = extended(cache, "k", k), extended(cache, "v", v)  # (B, H, past + T, d_k)
         past = v.shape[2] - T
-        if hasattr(self, "log_temperature"):
-            t = self.temperature if self.per_head else self.temperature[:, past:past + T]
-            q = q / t[:, :, None]  # row i of the logits over t_i is q_i over t_i
+        if hasattr(self, "log_temperature") and past:
+            i = min(past, self.temperature.shape[1] - 1)  # of a position, or the head's only one
+            q = q / self.temperature[:, i, None, None]
+        elif hasattr(self, "log_temperature"):  # row i of the logits over t_i is q_i over t_i
+            q = q / self.temperature[:, :T, None]
         # On a CPU softmax wants float32, and scaled_dot_product_attention is slower in bfloat16.
         with torch.autocast("cpu", enabled=False):
-            if return_entropy:
+            if past:  # the one token here may look at all of them
+                y, entropy = F.scaled_dot_product_attention(q, k, v), None
+            elif return_entropy:
                 y, entropy = self.with_entropy(q, k, v, block_mask)
             else:
                 if v.dtype == torch.bfloat16 and v.device.type == "cpu":
                     q, k, v = q.float(), k.float(), v.float()
-                y, entropy = F.scaled_dot_product_attention(q, k, v, is_causal=past == 0), None
+                y, entropy = F.scaled_dot_product_attention(q, k, v, is_causal=True), None
         return self.o(y.transpose(1, 2).reshape(B, T, d)), entropy
 
 

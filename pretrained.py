@@ -83,10 +83,9 @@ def check_tokenizer(name, source, spec, vocab_size):
     theirs = source.get("tokenizer")
     if not is_checkpoint(name) and beside(name):
         theirs = convert_tokenizer(beside(name))
+    same = vocab_size == source["model_config"]["vocab_size"]
     if theirs:
-        same = theirs["ranks"] == spec["ranks"]
-    else:
-        same = vocab_size == source["model_config"]["vocab_size"]
+        same = isinstance(theirs, dict) and theirs.get("ranks") == spec["ranks"]
     if not same:
         raise ValueError(f"the dataset's tokens are not those of {name}: prepare it by "
                          "data/prepare.py with that model's tokenizer, --tokenizer=gpt2 for GPT-2")

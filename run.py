@@ -102,7 +102,11 @@ class Run:
 
     def unhandled(self, kind, error, trace):
         """sys.excepthook: what a user can cause is a line, all else is as Python shows it."""
-        if "DefaultCPUAllocator" in str(error) or kind in (MemoryError, torch.OutOfMemoryError):
+        lost = self.ranks > 1 and "by peer" in str(error)
+        self.rank = self.rank if lost else 0  # any process tells of an error of its own
+        if lost:
+            error = "another process of this run has ended"
+        elif "DefaultCPUAllocator" in str(error) or kind in (MemoryError, torch.OutOfMemoryError):
             error = ("out of memory: a smaller batch_size with a larger grad_accum trains the same "
                      "in less")
         elif not issubclass(kind, OSError):

@@ -172,7 +172,8 @@ def test_gpt2_is_fine_tuned(data_dir, tmp_path):
 
 def test_one_line_says_what_is_wrong(trained, data_dir, tmp_path):
     gpt2_file(tmp_path, V=60, T=64)
-    torch.save(content(trained) | {"tokenizer": {"ranks": {}}}, tmp_path / "other.pt")
+    for name, spec in (("other", {"ranks": {}}), ("five", 5)):
+        torch.save(content(trained) | {"tokenizer": spec}, tmp_path / f"{name}.pt")
     usual = [*HERE, "--dataset=mine", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out"]
     ckpt = f"--init_from={trained}/ckpt.pt"
     mistakes = [
@@ -181,6 +182,7 @@ def test_one_line_says_what_is_wrong(trained, data_dir, tmp_path):
         ([ckpt, "--use_relu=True"], 2, "use_gelu and use_relu are both on"),
         ([ckpt, "--block_size=64"], 1, "it has block_size=32, which can be cropped"),
         ([f"--init_from={tmp_path}/other.pt"], 1, "the dataset's tokens are not those of"),
+        ([f"--init_from={tmp_path}/five.pt"], 1, "the dataset's tokens are not those of"),
         ([f"--init_from={tmp_path}", "--block_size=32"], 1, "--tokenizer=gpt2 for GPT-2"),
         ([f"--init_from={tmp_path}/out.safetensors"], 1, "No such file"),
     ]

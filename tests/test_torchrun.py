@@ -87,6 +87,19 @@ def test_a_divergence_ends_both_with_one_line(data_dir, tmp_path):
     assert records(tmp_path)[-1]["event"] == "diverged"
 
 
+def test_a_process_that_is_gone_ends_the_other_with_one_line(data_dir, tmp_path):
+    process = start_two(*ARGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}",
+                        "--max_iters=100000")
+    wait_for(process, " 7/")
+    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    lines = process.communicate(timeout=120)[0].splitlines()
+    assert process.returncode == 1
+    assert [line for line in lines if line.startswith("error: ")] == [
+        f"error: another process of this run has ended. The last good checkpoint stays in "
+        f"{tmp_path}/ckpt.pt, for --init_from=resume"]
+
+
 def test_passes_that_cannot_be_shared_out_are_refused(data_dir, tmp_path):
     out = two(*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", status=1)
     assert "grad_accum=1 passes a step can't be shared out among 2 processes: --grad_accum=2" in out
