@@ -33,7 +33,7 @@ FREE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "use_
 
 
 def gpt2_settings(c):
-    """What config.json tells of a GPTConfig. ValueError if GPT-2 has no place for one of its parts."""
+    """config.json of a GPTConfig. ValueError if GPT-2 has no place for one of its parts."""
     default = GPTConfig()
     others = [f"{key}={value}" for key, value in vars(c).items()
               if key not in FREE and value != getattr(default, key)]

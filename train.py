@@ -132,7 +132,6 @@ if grad_accum % ranks:
     die(f"grad_accum={grad_accum} passes a step can't be shared out among {ranks} processes: "
         f"--grad_accum={ranks} or a multiple", 2)
 
-
 # ---------------------------------------------------------------------------------------- data
 there = os.path.exists(os.path.join(data_dir, dataset, "meta.json"))
 if dataset == "pycode" and not there and rank == 0:
@@ -223,7 +222,6 @@ fused = not device.startswith("mps")
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
 step = 0  # steps done
 
-
 if checkpoint:
     if checkpoint["data_sha256"] != meta["sha256"]:
         die(f"{run.ckpt} was trained on other data than {data_dir}/{dataset} holds now: resuming "
@@ -234,8 +232,8 @@ if checkpoint:
         die(f"{run.ckpt} can't be resumed from ({type(e).__name__}: {e})")
     was = saved.get("max_iters", max_iters)
     if step and max_iters != was and not lr_decay_iters:
-        print(f"note: max_iters was {was} and is {max_iters}, which stretches the learning rate's "
-              f"decay; --lr_decay_iters={was} would keep it")
+        run.say(f"note: max_iters was {was} and is {max_iters}, which stretches the learning "
+                f"rate's decay; --lr_decay_iters={was} would keep it")
     checkpoint = None  # the copies on the CPU are not needed any more
 if trained:
     try:
@@ -247,7 +245,7 @@ forward, regularize = torch.compile(model) if compiled else model, regularizer
 parallel = []
 if ranks > 1:  # gradients are means over the processes
     forward = DistributedDataParallel(forward)
-    regularize = DistributedDataParallel(regularizer) if regularizer else None
+    regularize = regularizer and DistributedDataParallel(regularizer)
     parallel = list(filter(None, (forward, regularize)))
 autocast = nullcontext()
 if matmul_dtype == torch.bfloat16:

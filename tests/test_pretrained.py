@@ -1,4 +1,4 @@
-"""train.py --init_from: trained models, from checkpoints and GPT-2's files, less what flags take."""
+"""train.py --init_from: trained models, from checkpoints and GPT-2, less what flags take away."""
 import json
 import math
 
