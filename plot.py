@@ -30,7 +30,7 @@ ckpt = ""        # or checkpoint files, comma-separated; a log.jsonl beside one 
 text = ""        # measure on this file, and ckpt may also name GPT-2: a hub id or a folder
 tokenizer = ""   # of GPT-2: a tokenizer.json; if empty the one beside its weights, else tiktoken's
 windows = 256    # windows of the validation set or the text that the entropies are means over
-png = ""         # the picture, numbers beside it as .json; entropy.png in the first folder if empty
+png = ""         # the picture, a .json beside it; entropy.png beside the first ckpt if empty
 
 COLOURS = ("black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osv^Dx*"
@@ -422,7 +422,8 @@ def main():
         die("drawing needs matplotlib: pip install matplotlib")
     paths = ckpt.split(",") if ckpt else [os.path.join(f, "ckpt.pt") for f in out_dir.split(",")]
     paths = [os.path.expanduser(path) for path in paths]
-    picture = os.path.expanduser(png) or os.path.join(os.path.dirname(paths[0]), "entropy.png")
+    folder = os.path.dirname(paths[0]) if is_checkpoint(paths[0]) else ""
+    picture = os.path.expanduser(png) or os.path.join(folder, "entropy.png")
     if not picture.endswith(".png") or png and not os.path.isdir(os.path.dirname(picture) or "."):
         die(f"png must be a .png in a folder that exists, and is {picture!r}", 2)
     numbers = picture.removesuffix(".png") + ".json"
