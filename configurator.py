@@ -43,7 +43,7 @@ def end_on_signals():
 
 def die(message, status=1):
     """Print one line on stderr and exit with `status`: every error a user can cause ends here."""
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    print(f"error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -110,7 +110,9 @@ def run_file(path, settings):
         die(f"{path!r} is a folder: name one of its files", 2)
     if not os.path.isfile(path):
         files = glob(os.path.join(os.path.dirname(path), "*.py")) + glob("config/*.py")
-        hint = nearest(path, files, "; settings are written --key=value")
+        there = os.path.join("config", path.removesuffix(".py") + ".py")
+        hint = nearest(there if there in files else path, files,
+                       "; settings are written --key=value")
         die(f"no config file {path!r}{hint}", 2)
     assigned = {}
     try:

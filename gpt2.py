@@ -19,18 +19,22 @@ ACTIVATION_FLAGS = {
     "gelu_pytorch_tanh": {"gelu_tanh": True},
     "gelu": {},
     "relu": {"use_gelu": False, "use_relu": True},
+    "linear": {"use_gelu": False},
 }
+WHOLE = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")  # named alike there and here
+# A block's parts, there and here; but for its attn.c_attn, which is attn.qk and attn.v here
+PARTS = {"ln_1": "ln_1", "attn.c_proj": "attn.o", "ln_2": "ln_2", "mlp.c_fc": "ffn.w_in",
+         "mlp.c_proj": "ffn.w_out"}
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # older files hold the causal mask as well
 
 
 def read_gpt2(path):
     """
-    (keyword arguments of GPTConfig, state dict of GPT) of a .safetensors file, a folder with a
-    model.safetensors, or a hub id. Raises FileNotFoundError if there is no such file and the hub
-    cannot be reached, ValueError if it is damaged, no GPT-2, or one that this GPT can't be.
+    (keyword arguments of GPTConfig, state dict of GPT in float32) of a .safetensors file, a folder
+    with a model.safetensors or one in shards, or a hub id. Raises FileNotFoundError if there is no
+    such file and the hub cannot be reached, ValueError if it is damaged, no GPT-2, or one that this
+    GPT can't be.
     """
-    from safetensors import safe_open
-
     if os.path.isdir(path):
         path = os.path.join(path, "model.safetensors")
     elif not path.endswith(".safetensors"):
@@ -40,9 +44,7 @@ def read_gpt2(path):
         if os.path.exists(beside):
             with open(beside, encoding="utf-8") as file:
                 settings = json.load(file)
-        with safe_open(path, "pt") as file:
-            tensors = {name.removeprefix("transformer."): file.get_tensor(name)
-                       for name in file.keys()}
+        tensors = read_tensors(path)
         flags = config_flags(tensors, settings)
         return flags, state_dict(tensors, flags, settings)
     except FileNotFoundError:
@@ -50,6 +52,21 @@ def read_gpt2(path):
     except Exception as e:  # a missing key, a wrong shape, a damaged file: all one to the user
         reason = e if type(e) is ValueError else f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} does not hold a GPT-2 that this GPT can be: {reason}") from e
+
+
+def read_tensors(path):
+    """{name: float32 tensor} of a .safetensors file, or of the shards that stand for it."""
+    from safetensors.torch import load_file
+
+    paths, index = [path], path + ".index.json"
+    if not os.path.exists(path) and os.path.exists(index):
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        paths = [os.path.join(os.path.dirname(path), os.path.basename(shard)) for shard in shards]
+    tensors = {}
+    for path in paths:
+        tensors |= load_file(path)
+    return {name.removeprefix("transformer."): t.float() for name, t in tensors.items()}
 
 
 def download(hub_id):
@@ -93,8 +110,7 @@ def state_dict(tensors, flags, settings):
     """
     d, d_k = flags["n_embd"], flags["n_embd"] // flags["n_head"]
     theirs = {name: t for name, t in tensors.items() if not name.endswith(BUFFERS)}
-    ours = {name: theirs.pop(name)
-            for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")}
+    ours = {name: theirs.pop(name) for name in WHOLE}
     if not torch.equal(theirs.pop("lm_head.weight", ours["wte.weight"]), ours["wte.weight"]):
         raise ValueError("its output matrix is not its embedding, and this GPT ties the two")
     for i in range(flags["n_layer"]):
@@ -106,9 +122,8 @@ def state_dict(tensors, flags, settings):
                 return theirs.pop(f"h.{i}.{name}.{kind}").t()  # t() leaves a vector as it is
 
             q, k, v = take("attn.c_attn").split(d)
-            block = {"ln_1": take("ln_1"), "attn.qk": torch.cat((scale * q, k)), "attn.v": v,
-                     "attn.o": take("attn.c_proj"), "ln_2": take("ln_2"),
-                     "ffn.w_in": take("mlp.c_fc"), "ffn.w_out": take("mlp.c_proj")}
+            block = {our: take(their) for their, our in PARTS.items()}
+            block |= {"attn.qk": torch.cat((scale * q, k)), "attn.v": v}
             ours |= {f"blocks.{i}.{name}.{kind}": tensor for name, tensor in block.items()}
     if theirs:
         raise ValueError(f"this GPT has no place for {', '.join(sorted(theirs)[:3])}")

@@ -1,8 +1,11 @@
 """What the machine can do: device, type of the matrix products, torch.compile, memory."""
+import atexit
 import ctypes
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from model import cpu_bf16_unit
 
@@ -18,6 +21,30 @@ def choose_device(name="auto"):
     except Exception as e:  # torch raises AssertionError, RuntimeError or NotImplementedError
         raise ValueError(f"device {name!r} can't be used: {str(e).splitlines()[0]}") from e
     return name
+
+
+def join_processes(device):
+    """
+    (which process this is, of how many, its device). Under torchrun these are those that train
+    together, by NCCL on a GPU each or by gloo on CPUs; else 0, 1 and `device` as it is.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(choose_device(device))
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the first one may prepare data
+    atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def wait_for_all():
+    """Go on when all processes that train together are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def choose_machine(device, dtype, compile):

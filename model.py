@@ -175,6 +175,12 @@ def layernorm(used, c):
     return nn.LayerNorm(c.n_embd) if used else nn.Identity()
 
 
+def extended(cache, key, new):
+    """What cache[key] holds and `new` after it, along the positions (dimension 2): kept there."""
+    cache[key] = torch.cat((cache[key], new), 2) if key in cache else new
+    return cache[key]
+
+
 class Attention(nn.Module):
     """Causal multi-head attention, eq. 3 and 6, with the learnable temperature of eq. 9."""
 
@@ -197,19 +203,27 @@ class Attention(nn.Module):
         """t, (H, block_size), or (H, 1) with temperature_per_head; always positive."""
         return self.log_temperature.exp()
 
-    def forward(self, x, return_entropy=False, block_mask=None):
+    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
         """
         x (B, T, d) -> y (B, T, d), and the entropy (B, H, T) in nats if asked for, else None.
-        block_mask: see GPT.forward.
+        block_mask, cache: see GPT.forward.
         """
         B, T, d = x.shape
         q, k = self.qk(x).split(d, dim=-1)  # (B, T, d) each
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, self.v(x)))
-        if hasattr(self, "log_temperature"):  # q, k and v are (B, H, T, d_k)
-            q = q / self.temperature[:, :T, None]  # row i of the logits over t_i is q_i over t_i
+        if cache is not None:
+            k, v = extended(cache, "k", k), extended(cache, "v", v)  # (B, H, past + T, d_k)
+        past = v.shape[2] - T
+        if hasattr(self, "log_temperature") and past:
+            i = min(past, self.temperature.shape[1] - 1)  # of a position, or the head's only one
+            q = q / self.temperature[:, i, None, None]
+        elif hasattr(self, "log_temperature"):  # row i of the logits over t_i is q_i over t_i
+            q = q / self.temperature[:, :T, None]
         # On a CPU softmax wants float32, and scaled_dot_product_attention is slower in bfloat16.
         with torch.autocast("cpu", enabled=False):
-            if return_entropy:
+            if past:  # the one token here may look at all of them
+                y, entropy = F.scaled_dot_product_attention(q, k, v), None
+            elif return_entropy:
                 y, entropy = self.with_entropy(q, k, v, block_mask)
             else:
                 if v.dtype == torch.bfloat16 and v.device.type == "cpu":
@@ -251,8 +265,8 @@ class Block(nn.Module):
             self.alpha = nn.Parameter(torch.ones(()))
             self.beta = nn.Parameter(torch.ones(()))
 
-    def forward(self, x, return_entropy=False, block_mask=None):
-        y, entropy = self.attn(self.ln_1(x), return_entropy, block_mask)
+    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
+        y, entropy = self.attn(self.ln_1(x), return_entropy, block_mask, cache)
         x = x + y
         y = self.ffn(self.ln_2(x))
         return (self.beta * x + y / self.alpha if hasattr(self, "alpha") else x + y), entropy
@@ -269,24 +283,27 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = layernorm(c.final_layernorm, c)
 
-    def forward(self, idx, targets=None, return_entropy=False):
+    def forward(self, idx, targets=None, return_entropy=False, cache=None):
         """
         idx: (B, T) token ids below V, T <= block_size; targets: (B, T), -1 where there is nothing
-        to predict.
+        to predict. cache: L dicts for generate(), where the first call with them, empty, leaves its
+        keys and values; each later call is of one token more.
 
         Returns logits (B, T, V); the mean cross-entropy in nats, None without targets; and, if
         return_entropy, the attention entropies (L, B, H, T) in nats, else None. Raises ValueError
         if T exceeds block_size.
         """
         T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, d)
+        past = cache[0]["v"].shape[2] if cache and cache[0] else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit into "
+                             f"block_size={self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[past:past + T]  # (B, T, d)
         entropies, block_mask = [], None
         if return_entropy and idx.is_cuda and torch.compiler.is_compiling():
             block_mask = causal_block_mask(T, idx.device)  # a fused call pays where it is compiled
-        for block in self.blocks:
-            x, entropy = block(x, return_entropy, block_mask)
+        for block, kept in zip(self.blocks, cache or [None] * len(self.blocks)):
+            x, entropy = block(x, return_entropy, block_mask, kept)
             entropies.append(entropy)  # (B, H, T)
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
         loss = None
@@ -342,14 +359,23 @@ class GPT(nn.Module):
         Sample max_new_tokens after idx (B, T), from the top_k likeliest tokens each (0: all), at a
         softmax `temperature` over the vocabulary (below 1e-5: always the likeliest). Returns
         (B, T + max_new_tokens). Raises ValueError if idx is empty or has a token that V lacks.
+
+        Keys and values are kept as long as all fits into block_size. From there on the context is
+        the last block_size tokens, at positions that count from its start: every token moves every
+        position, and takes a whole pass.
         """
         if idx.numel() == 0:
             raise ValueError("the prompt is empty: give at least one token")
         V = self.config.vocab_size
         if not 0 <= idx.min() <= idx.max() < V:
             raise ValueError(f"the prompt has token {idx.max()}, outside the vocabulary of {V}")
+        T, cache = self.config.block_size, None
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1].float()  # (B, V)
+            context = idx[:, -1:]
+            if not cache or idx.shape[1] > T:
+                cache = [{} for _ in self.blocks]
+                context = idx[:, -T:]
+            logits = self(context, cache=cache)[0][:, -1].float()  # (B, V)
             if temperature < 1e-5:
                 new = logits.argmax(-1, keepdim=True)
             else:

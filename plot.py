@@ -3,6 +3,7 @@ Pictures of the attention entropies of models that train.py trained, and a diagn
 
     python plot.py --out_dir=out                                 # out/entropy.png and .json
     python plot.py --out_dir=out/sm,out/ereg --png=compare.png   # side by side, on one colour scale
+    python plot.py --ckpt=out/ckpt.pt,gpt2 --text=FILE           # on any text; GPT-2 as well
 """
 from configurator import configure, die, end_on_signals
 
@@ -13,19 +14,23 @@ import io
 import json
 import math
 import os
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from data.dataset import open_dataset
-from entropy import max_causal_entropy, quartile_distribution
-from model import GPT, load_checkpoint
+from entropy import attention_with_entropy, max_causal_entropy, quartile_distribution
+from model import GPT
+from pretrained import encoding_of, is_checkpoint, read_pretrained, read_tokens
 
 out_dir = "out"  # a folder of train.py's, or several, comma-separated
 ckpt = ""        # or checkpoint files, comma-separated; a log.jsonl beside one is its history
-windows = 256    # validation windows that the entropies are means over
-png = ""         # the picture, numbers beside it as .json; entropy.png in the first folder if empty
+text = ""        # measure on this file, and ckpt may also name GPT-2: a hub id or a folder
+tokenizer = ""   # of GPT-2: a tokenizer.json; if empty the one beside its weights, else tiktoken's
+windows = 256    # windows of the validation set or the text that the entropies are means over
+png = ""         # the picture, a .json beside it; entropy.png beside the first ckpt if empty
 
 COLOURS = ("black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osv^Dx*"
@@ -164,12 +169,13 @@ def aligned(rows, left=(0,)):
 def table(runs):
     """The runs below each other, a line each."""
     rows = [["", "val. perplexity", "lowest quarter", "second", "third", "highest", "largest head",
-             "mean entropy by layer, nats"]]
+             "to the first position", "mean entropy by layer, nats"]]
     for r in runs:
         perplexity = f"{r['val_ppl']:.2f}" if r["val_ppl"] else ""
         layers = " ".join(f"{e:.2f}" for e in r["layer_entropy"])
         quarters = [f"{q:.0%}" for q in r["quartiles"]]
-        rows.append([r["arch"], perplexity, *quarters, f"{r['largest']:.2f}", layers])
+        first = f"{np.mean(r['first_position']):.0%}" if "first_position" in r else ""
+        rows.append([r["arch"], perplexity, *quarters, f"{r['largest']:.2f}", first, layers])
     return aligned(rows, left=(0, len(rows[0]) - 1))
 
 
@@ -345,35 +351,67 @@ def draw(runs, path):
 
 # ---------------------------------------------------------------------------------- a checkpoint
 @torch.no_grad()
+def measure(model, tokens, n):
+    """
+    (L, H) mean entropies in nats, and (L, H) mean attention weights of the first position to all
+    later ones, over `windows` of the n windows of block_size tokens.
+    """
+    T = model.config.block_size
+    chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
+    entropy = torch.zeros(model.config.n_layer, model.config.n_head)
+    first = torch.zeros_like(entropy)
+
+    def with_first(q, k, v, block_mask, layer):
+        """attention_with_entropy, by one more value, 1 at the first position and 0 elsewhere."""
+        marked = torch.zeros_like(v[..., :1])
+        marked[..., 0, :] = 1
+        y, entropies = attention_with_entropy(q, k, torch.cat((v, marked), -1), block_mask)
+        first[layer] += y[..., 1:, -1].sum(-1).sum(0) / max(1, T - 1)
+        return y[..., :-1], entropies
+
+    for layer, block in enumerate(model.blocks):
+        block.attn.with_entropy = partial(with_first, layer=layer)
+    for some in np.array_split(chosen, -(-len(chosen) // 8)):
+        x = torch.from_numpy(np.stack([tokens[w * T:(w + 1) * T] for w in some]).astype(np.int64))
+        entropy += model(x, return_entropy=True)[2].mean(-1).sum(1)
+    return entropy / len(chosen), first / len(chosen)
+
+
 def look(path):
     """
-    describe() of a checkpoint, its entropies measured on the validation set it was trained beside.
-
-    Raises OSError or ValueError if checkpoint, log or data can't be read or the data is another one
-    now.
+    describe() of a checkpoint, measured on `text`, or else on the validation set it was trained
+    beside; of GPT-2 on `text`. Raises OSError or ValueError if model, log or data can't be read or
+    the data is another one now.
     """
-    checkpoint = load_checkpoint(path)
+    if not text and not is_checkpoint(path):
+        raise ValueError(f"{path} is no checkpoint of train.py's: name a text to measure it on, "
+                         "--text=FILE")
+    checkpoint = read_pretrained(path)
     settings = {"data_dir": "data", "dataset": "pycode", "seed": None}
     settings |= checkpoint.get("settings", {})
     model = GPT.from_checkpoint(checkpoint)
     T = model.config.block_size
-    _, tokens, meta, *_ = open_dataset(settings["data_dir"], settings["dataset"], T)
-    if meta["sha256"] != checkpoint.get("data_sha256"):
-        raise ValueError(f"{path} was trained on other data than {settings['data_dir']}/"
-                         f"{settings['dataset']} holds now: run this where its data is")
+    if text:
+        encoding = encoding_of(path, checkpoint, tokenizer)
+        tokens, _ = read_tokens(text, encoding, model.config.vocab_size)
+        n = len(tokens) // T
+        if n == 0:
+            raise ValueError(f"{text} has {len(tokens)} tokens, and one window of {path} takes {T}")
+    else:
+        _, tokens, meta, *_ = open_dataset(settings["data_dir"], settings["dataset"], T)
+        if meta["sha256"] != checkpoint.get("data_sha256"):
+            raise ValueError(f"{path} was trained on other data than {settings['data_dir']}/"
+                             f"{settings['dataset']} holds now: run this where its data is, or "
+                             "with --text=FILE")
+        n = (len(tokens) - (0 if meta["piece"] else 1)) // T  # as many windows as train.py has
     log = []
     if os.path.basename(path) == "ckpt.pt":  # the log beside another name is another run's
         log = read_log(os.path.join(os.path.dirname(path), "log.jsonl"))
-    n = (len(tokens) - (0 if meta["piece"] else 1)) // T  # as many windows as train.py has
-    chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
-    total = 0
-    for some in np.array_split(chosen, -(-len(chosen) // 8)):
-        x = torch.from_numpy(np.stack([tokens[w * T:(w + 1) * T] for w in some]).astype(np.int64))
-        total = total + model(x, return_entropy=True)[2].mean(-1).sum(1)  # (L, H)
+    head_entropy, first = measure(model, tokens, n)
     threshold = (checkpoint.get("regularizer") or {}).get("threshold")
     arch = model.config.name if threshold is None else f"EReg({model.config.name})"
-    run = describe(arch, model, total / len(chosen), threshold, log)
-    return run | {"seed": settings["seed"]}
+    run = describe(arch, model, head_entropy, threshold, log)
+    return run | {"seed": settings["seed"], "first_position": first.tolist()}
 
 
 def main():
@@ -384,7 +422,8 @@ def main():
         die("drawing needs matplotlib: pip install matplotlib")
     paths = ckpt.split(",") if ckpt else [os.path.join(f, "ckpt.pt") for f in out_dir.split(",")]
     paths = [os.path.expanduser(path) for path in paths]
-    picture = os.path.expanduser(png) or os.path.join(os.path.dirname(paths[0]), "entropy.png")
+    folder = os.path.dirname(paths[0]) if is_checkpoint(paths[0]) else ""
+    picture = os.path.expanduser(png) or os.path.join(folder, "entropy.png")
     if not picture.endswith(".png") or png and not os.path.isdir(os.path.dirname(picture) or "."):
         die(f"png must be a .png in a folder that exists, and is {picture!r}", 2)
     numbers = picture.removesuffix(".png") + ".json"

@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 from itertools import count
@@ -14,12 +15,14 @@ from configurator import on_signals
 class Run:
     """
     A run that writes ckpt.pt, log.jsonl and entropy.png into `folder`. From here on a full disk or
-    too little memory ends the process with one line.
+    too little memory ends the process with one line. Of several processes that train together
+    only the first one, rank 0, logs and says anything.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, rank=0, ranks=1):
+        self.folder, self.rank, self.ranks = folder, rank, ranks
         self.ckpt = os.path.join(folder, "ckpt.pt")
+        self.best = os.path.join(folder, "best.pt")
         self.path = os.path.join(folder, "log.jsonl")
         self.picture = os.path.join(folder, "entropy.png")
         self.signals = []  # that arrived since open(), for the loop to stop at
@@ -32,15 +35,17 @@ class Run:
         those of a run that is resumed after `resumed_at` steps, and keep signals from here on.
         Raises OSError if the folder can't be written or another run has it.
         """
+        on_signals(self.on_signal)
+        if self.rank:
+            return
         os.makedirs(self.folder, exist_ok=True)
         lock(self.folder)
         if resumed_at is None:
-            for path in (self.ckpt, self.path, self.picture):
+            for path in (self.ckpt, self.path, self.picture, self.best):
                 move_aside(path)
         elif os.path.exists(self.path):
             trim_log(self.path, resumed_at)
         self.file = open(self.path, "a")
-        on_signals(self.on_signal)
 
     def track_with(self, log_to, name, settings):
         """Give every record's numbers to TensorBoard or Weights & Biases as well."""
@@ -60,14 +65,23 @@ class Run:
 
     def log(self, event, step, **values):
         """Append a record to log.jsonl. Raises OSError with the file and the cause if it can't."""
+        if self.rank:
+            return
         try:
             print(json.dumps({"event": event, "step": step, **values}), file=self.file, flush=True)
         except OSError as e:
             raise OSError(f"can't write {self.path}: {e.strerror}") from e
         self.track({k: v for k, v in values.items() if type(v) in (int, float)}, step)
 
+    def keep_best(self):
+        """Keep the checkpoint just written as best.pt too, whole or not at all."""
+        shutil.copyfile(self.ckpt, self.best + ".tmp")
+        os.replace(self.best + ".tmp", self.best)
+
     def say(self, text, file=None):
         """Print a line. A terminal or a pipe that is gone is one more signal, and loses no work."""
+        if self.rank:
+            return
         file = file or sys.stdout
         try:
             print(text, file=file, flush=True)
@@ -81,14 +95,18 @@ class Run:
         return "No checkpoint was written yet"
 
     def on_signal(self, number, frame):
-        if self.signals:
-            sys.exit(128 + number)  # asked twice
+        if self.signals and self.ranks == 1:
+            sys.exit(128 + number)  # asked twice; torchrun hands on what its children had as well
         self.signals.append(number)
         self.say("\nstopping after this step (again to stop at once)", sys.stderr)
 
     def unhandled(self, kind, error, trace):
         """sys.excepthook: what a user can cause is a line, all else is as Python shows it."""
-        if "DefaultCPUAllocator" in str(error) or kind in (MemoryError, torch.OutOfMemoryError):
+        lost = self.ranks > 1 and "by peer" in str(error)
+        self.rank = self.rank if lost else 0  # any process tells of an error of its own
+        if lost:
+            error = "another process of this run has ended"
+        elif "DefaultCPUAllocator" in str(error) or kind in (MemoryError, torch.OutOfMemoryError):
             error = ("out of memory: a smaller batch_size with a larger grad_accum trains the same "
                      "in less")
         elif not issubclass(kind, OSError):

@@ -8,13 +8,10 @@ from configurator import configure, die, end_on_signals, within
 
 end_on_signals()
 
-import os
-
 import torch
 
-from data.prepare import convert_tokenizer, load_tokenizer
 from machine import choose_device
-from model import GPT, load_checkpoint
+from pretrained import open_pretrained
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
 gpt2 = ""  # in its place GPT-2: a hub id such as gpt2-medium, a folder, or a .safetensors file
@@ -35,26 +32,13 @@ def sample(model, encoding, prompt, max_new_tokens, temperature, top_k, generato
     return encoding.decode([t for t in tokens if t < encoding.n_vocab])  # V may be padded beyond
 
 
-def load():
-    """The tokenizer and the model that the settings name."""
-    if gpt2:
-        beside = os.path.join(gpt2, "tokenizer.json")
-        source = tokenizer or (beside if os.path.exists(beside) else "gpt2")
-        return load_tokenizer(convert_tokenizer(source)), GPT.from_gpt2(gpt2)
-    checkpoint = load_checkpoint(ckpt, "tokenizer")
-    try:
-        return load_tokenizer(checkpoint["tokenizer"]), GPT.from_checkpoint(checkpoint)
-    except (KeyError, TypeError, AttributeError, OSError) as e:
-        raise ValueError(f"{ckpt} has no tokenizer of train.py's ({e!r})") from e
-
-
 def main():
     configure(globals())
     within(globals(), num_samples=(1, 2**20), max_new_tokens=(1, 2**20), temperature=(0, 1e6),
            top_k=(0, 2**24), seed=(0, 2**63 - 1))
     try:
         name = choose_device(device)
-        encoding, model = load()
+        model, encoding = open_pretrained(gpt2 or ckpt, tokenizer)
         model.to(name)
         generator = torch.Generator(name).manual_seed(seed)
         for _ in range(num_samples):

@@ -1,10 +1,12 @@
 """
-Train a GPT of "Entropy-Guided Attention for Private LLMs" on one device: CUDA, MPS or CPU.
+Train a GPT of "Entropy-Guided Attention for Private LLMs" on CUDA, MPS or CPU.
 
     python train.py                                        # the baseline SM+LN+G, minutes on a CPU
     python train.py config/sm_scfuffn.py                   # softmax only: no LayerNorm, no GELU
     python train.py config/ereg_sm_t_scfuffn.py config/on_codeparrot.py --out_dir=out/ereg
     python train.py --init_from=resume                     # go on from out/ckpt.pt, as it was
+    python train.py --init_from=gpt2 --use_gelu=False      # fine-tune GPT-2, less its GELU
+    torchrun --nproc_per_node=2 train.py --grad_accum=2    # 2 processes, 1 of the 2 passes each
 
 Config files apply in order, then flags. Writes ckpt.pt and log.jsonl to out_dir. Exit status: 0
 done, 1 an error named in one line, 2 a bad setting, 3 the loss diverged, 128 + n stopped after
@@ -18,6 +20,7 @@ end_on_signals()  # until there is something to save
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -27,22 +30,26 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import open_dataset
 from entropy import EntropyRegularizer, max_causal_entropy
-from machine import check_memory, choose_machine
+from machine import check_memory, choose_machine, join_processes, wait_for_all
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from plot import describe, diagnosis, draw, read_log
+from pretrained import check_tokenizer, read_pretrained, restore, start_from
 from run import Run
 from sample import sample
 
 # ---------------------------------------------------------------------------------------- settings
 # The defaults are the small scale that runs anywhere; config/on_*.py are the paper's.
 out_dir = "out"  # checkpoint and log
-init_from = "scratch"  # scratch | resume (from out_dir)
+init_from = "scratch"  # scratch | resume (out_dir's) | a checkpoint | gpt2, ..., or its folder
 eval_interval = 250  # steps between evaluations; each also writes a checkpoint
+keep_best = False  # keep the checkpoint of the lowest validation loss too, as best.pt
 eval_windows = 256  # validation windows of block_size tokens, the same ones every time
-log_interval = 10  # steps between log lines
+log_interval = 50  # steps between log lines
 log_to = ""  # also to "tensorboard" or "wandb" (installed by you)
 sample_prompt = "def"  # a sample is generated from this at the end
 sample_tokens = 100  # its length in tokens, 0 for none
@@ -51,7 +58,7 @@ plot = True  # draw the entropies at the end, entropy.png in out_dir
 dataset = "pycode"  # folder under data_dir, made by data/prepare.py
 data_dir = "data"  # where datasets lie
 batch_size = 8  # sequences a forward pass
-grad_accum = 1  # forward passes a step
+grad_accum = 1  # forward passes a step, shared out among the processes of torchrun
 # model: the fields of GPTConfig in model.py, which explains them
 globals().update({field.name: field.default for field in fields(GPTConfig)})
 vocab_size = 0  # V, 0: the tokenizer's
@@ -86,7 +93,8 @@ MANY = 2**31 - 1
 
 given = configure(globals(), fields_of=GPTConfig)
 out_dir, data_dir = os.path.expanduser(out_dir), os.path.expanduser(data_dir)
-run, checkpoint = Run(out_dir), None
+rank, ranks, device = join_processes(device)
+run, checkpoint, trained = Run(out_dir, rank, ranks), None, None
 if init_from == "resume":
     try:
         checkpoint = load_checkpoint(run.ckpt, "settings", "optimizer", "regularizer", "rng",
@@ -100,9 +108,16 @@ if init_from == "resume":
             die(f"{run.ckpt} was trained with {key}={saved[key]!r}: resume can't change it to "
                 f"{given[key]!r}", 2)
     globals().update({key: saved[key] for key in saved.keys() - given.keys() - HERE})
-one_of(globals(), repr, init_from=("scratch", "resume"), log_to=("", "tensorboard", "wandb"),
-       reduction=("mean", "sum", "head"), lr_decay=("linear", "cosine"),
-       dtype=("auto", "float32", "bfloat16"), compile=("auto", "yes", "no"))
+elif init_from != "scratch":
+    try:
+        trained = read_pretrained(init_from)
+    except (OSError, ValueError) as e:
+        die(f"init_from={init_from}: {e}")
+    was = trained["model_config"]
+    globals().update({key: was[key] for key in was.keys() - given.keys()})
+one_of(globals(), repr, log_to=("", "tensorboard", "wandb"), reduction=("mean", "sum", "head"),
+       lr_decay=("linear", "cosine"), dtype=("auto", "float32", "bfloat16"),
+       compile=("auto", "yes", "no"))
 within(globals(), eval_interval=(1, MANY), eval_windows=(1, MANY), log_interval=(1, MANY),
        sample_tokens=(0, MANY), batch_size=(1, 2**20), grad_accum=(1, 2**20), max_iters=(0, MANY),
        lr_decay_iters=(0, MANY), learning_rate=(0, MANY), min_lr=(0, MANY), warmup=(0, 1),
@@ -113,19 +128,23 @@ try:
     config = GPTConfig(**flags | {"vocab_size": vocab_size or 1})
 except ValueError as e:
     die(e, 2)
-if os.environ.get("WORLD_SIZE", "1") != "1":
-    die("torchrun would train the same model several times over: this script runs on one device, "
-        "as python train.py")
+if grad_accum % ranks:
+    die(f"grad_accum={grad_accum} passes a step can't be shared out among {ranks} processes: "
+        f"--grad_accum={ranks} or a multiple", 2)
 
 # ---------------------------------------------------------------------------------------- data
-if dataset == "pycode" and not os.path.exists(os.path.join(data_dir, dataset, "meta.json")):
+there = os.path.exists(os.path.join(data_dir, dataset, "meta.json"))
+if dataset == "pycode" and not there and rank == 0:
     run.say("preparing pycode: the Python files of this interpreter's library and packages, once")
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prepare.py")
     if subprocess.run([sys.executable, script, f"--data_dir={data_dir}"]).returncode:
         die("data/prepare.py failed, see above")
+wait_for_all()
 try:
     device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
     train_tokens, val_tokens, meta, spec, tokenizer = open_dataset(data_dir, dataset, block_size)
+    if trained:
+        check_tokenizer(init_from, trained, spec, meta["vocab_size"])
 except (OSError, ValueError) as e:
     die(e)
 vocab_size = config.vocab_size = vocab_size or meta["vocab_size"]
@@ -192,6 +211,7 @@ torch.manual_seed(seed)
 arch = f"EReg({config.name})" if entropy_reg else config.name
 settings = {key: globals()[key] for key in SETTINGS}
 model = GPT(config).to(device)
+origin = ""
 groups = model.param_groups(weight_decay)
 regularizer = None
 if entropy_reg:
@@ -202,41 +222,31 @@ fused = not device.startswith("mps")
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
 step = 0  # steps done
 
-
-def restore(checkpoint):
-    """Model, optimizer and random numbers as the checkpoint has them. Returns the steps done."""
-    done = checkpoint["step"]
-    if type(done) is not int or not 0 <= done <= MANY:
-        raise ValueError(f"step {done!r}")
-    model.load_state_dict(checkpoint["model"])
-    if regularizer:
-        regularizer.load_state_dict(checkpoint["regularizer"])
-    torch.set_rng_state(checkpoint["rng"])
-    options = optimizer.state_dict()["param_groups"]  # the command line may have changed some
-    state = checkpoint["optimizer"]["state"]
-    optimizer.load_state_dict({"state": state, "param_groups": options})
-    for p in parameters if done else ():
-        kept = optimizer.state[p]
-        shapes = kept["step"].shape, kept["exp_avg"].shape, kept["exp_avg_sq"].shape
-        if shapes != ((), p.shape, p.shape):
-            raise ValueError(f"the optimizer's state is of shapes {shapes}")
-    return done
-
-
 if checkpoint:
     if checkpoint["data_sha256"] != meta["sha256"]:
         die(f"{run.ckpt} was trained on other data than {data_dir}/{dataset} holds now: resuming "
             "needs the same bins")
     try:
-        step = restore(checkpoint)
+        step = restore(checkpoint, model, optimizer, regularizer)
     except Exception as e:  # torch raises whatever a damaged or hostile file makes it raise
         die(f"{run.ckpt} can't be resumed from ({type(e).__name__}: {e})")
     was = saved.get("max_iters", max_iters)
     if step and max_iters != was and not lr_decay_iters:
-        print(f"note: max_iters was {was} and is {max_iters}, which stretches the learning rate's "
-              f"decay; --lr_decay_iters={was} would keep it")
+        run.say(f"note: max_iters was {was} and is {max_iters}, which stretches the learning "
+                f"rate's decay; --lr_decay_iters={was} would keep it")
     checkpoint = None  # the copies on the CPU are not needed any more
-forward = torch.compile(model) if compiled else model
+if trained:
+    try:
+        origin = f"starting from {init_from}: {start_from(trained, model, regularizer)}\n"
+    except Exception as e:  # as above
+        die(f"can't start from {init_from}: {e}")
+    trained = None
+forward, regularize = torch.compile(model) if compiled else model, regularizer
+parallel = []
+if ranks > 1:  # gradients are means over the processes
+    forward = DistributedDataParallel(forward)
+    regularize = regularizer and DistributedDataParallel(regularizer)
+    parallel = list(filter(None, (forward, regularize)))
 autocast = nullcontext()
 if matmul_dtype == torch.bfloat16:
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
@@ -258,8 +268,26 @@ def training_loss(x, y):
     """(what is minimised, cross-entropy, lambda_entropy * L_entropy) of Algorithm 1, in nats."""
     with autocast:
         _, ce, entropy = forward(x, y, return_entropy=entropy_reg)
-        term = lambda_entropy * regularizer(entropy) if entropy_reg else torch.zeros_like(ce)
+        term = lambda_entropy * regularize(entropy) if entropy_reg else torch.zeros_like(ce)
     return ce + term, ce.detach(), term.detach()
+
+
+def gradients(step):
+    """
+    Add up the gradients of a step, from this process's share of its batches and, in the last of
+    these, the others'. Returns cross-entropy, entropy term, whether another had a signal to stop.
+    """
+    numbers = torch.zeros(3, device=device)
+    for micro in range(rank, grad_accum, ranks):
+        for part in parallel:
+            part.require_backward_grad_sync = micro + ranks >= grad_accum
+        loss, ce, term = training_loss(*training_batch(step * grad_accum + micro))
+        (loss * ranks / grad_accum).backward()
+        numbers[:2] += torch.stack((ce, term)) / grad_accum
+    if ranks > 1:
+        numbers[2] = len(run.signals)
+        dist.all_reduce(numbers)
+    return *numbers[:2], ranks > 1 and numbers[2].item() > 0
 
 
 @torch.no_grad()
@@ -267,25 +295,31 @@ def evaluate():
     """Mean cross-entropy (nats) and mean entropy per head (L, H) over the validation windows."""
     model.eval()
     ce, entropy = 0.0, torch.zeros(n_layer, n_head, device=device)
-    for i in range(0, n_val, batch_size):
+    for i in range(rank * batch_size, n_val, ranks * batch_size):
         x, y = get_batch(val_tokens, val_windows[i:i + batch_size])
         with autocast:
             _, loss, e = model(x, y, return_entropy=True)
         ce += loss.item() * len(x) / n_val
         entropy += e.float().mean(-1).sum(1) / n_val
-        if run.signals:
+        if run.signals and ranks == 1:
             stop()
     model.train()
+    if ranks > 1:
+        sums = torch.cat((entropy.flatten(), entropy.new_tensor([ce])))
+        dist.all_reduce(sums)
+        ce, entropy = sums[-1].item(), sums[:-1].view(n_layer, n_head)
     return ce, entropy.cpu()
 
 
 def save():
     """Write ckpt.pt, whole or not at all."""
-    os.makedirs(out_dir, exist_ok=True)  # it may have been moved away since the start
-    save_checkpoint(run.ckpt, model, optimizer=optimizer.state_dict(), step=step,
-                    regularizer=regularizer.state_dict() if regularizer else {},
-                    settings=settings, rng=torch.get_rng_state(), data_sha256=meta["sha256"],
-                    tokenizer=spec)
+    if rank == 0:
+        os.makedirs(out_dir, exist_ok=True)  # it may have been moved away since the start
+        save_checkpoint(run.ckpt, model, optimizer=optimizer.state_dict(), step=step,
+                        regularizer=regularizer.state_dict() if regularizer else {},
+                        settings=settings, rng=torch.get_rng_state(), data_sha256=meta["sha256"],
+                        tokenizer=spec)
+    wait_for_all()
 
 
 def stop():
@@ -293,7 +327,7 @@ def stop():
     save()
     run.say(f"saved step {step} to {run.ckpt}; go on with --init_from=resume --out_dir={out_dir}",
             sys.stderr)
-    sys.exit(128 + run.signals[0])
+    sys.exit(128 + (*run.signals, signal.SIGTERM)[0])
 
 
 def origin():
@@ -319,6 +353,7 @@ def diverged(what, x, y):
     run.say(f"diverged: the {what} is not finite at step {step}. Entropy by layer {nats(layers)} "
             f"nats (at most {max_causal_entropy(block_size):.2f}): lowest in layer {lowest}, "
             f"{layers[lowest]:.2f}. {advice}. {run.what_is_left()}.", sys.stderr)
+    wait_for_all()
     sys.exit(3)
 
 
@@ -338,19 +373,19 @@ try:
 except OSError as e:
     die(f"can't write to {out_dir}: {e}")
 try:
-    run.track_with(log_to, arch, settings)
+    run.track_with(log_to if rank == 0 else "", arch, settings)
 except Exception as e:  # not installed, no login, no network
     die(f"log_to={log_to}: {e}; pip install {log_to}, or leave log_to empty")
 unigram = unigram_perplexity()
 n_parameters = sum(p.numel() for p in model.parameters())
 ops = ", ".join(f"{kind} {n} x {a}x{b}" for kind, (n, (a, b)) in model.nonlinear_ops().items())
 flops = ", ".join(f"{part} {n / 1e9:.2f}B" for part, n in model.flops().items())
-run.say(f"{arch}: {n_parameters / 1e6:.2f}M parameters, {n_layer} layers, {n_head} heads, "
+run.say(f"{origin}{arch}: {n_parameters / 1e6:.2f}M parameters, {n_layer} layers, {n_head} heads, "
         f"width {n_embd}, context {block_size}\n"
         f"nonlinear ops: {ops}; FLOPs a forward pass: {flops}\n"
         f"data {dataset}: {len(train_tokens):,} training tokens, vocabulary {vocab_size}, sha256 "
         f"{meta['sha256'][:16]}; validation perplexity of a unigram model {unigram:.1f}\n"
-        f"{machine}\n"
+        f"{machine}{f', {ranks} processes' if ranks > 1 else ''}\n"
         f"{f'resuming at step {step} of' if init_from == 'resume' else 'training'} {max_iters} "
         f"steps of {grad_accum * batch_size} x {block_size} tokens")
 
@@ -369,21 +404,21 @@ while True:
         run.log("eval", step, val_ce=val_ce, val_ppl=val_ppl,
                 head_entropy=[[round(e, 4) for e in heads] for heads in head_entropy.tolist()])
         save()
+        if keep_best and rank == 0:
+            losses = [r["val_ce"] for r in read_log(run.path) if r["event"] == "eval"]
+            if val_ce == min(losses):
+                run.keep_best()
     if step >= max_iters:
         break
 
     t0 = time.time()
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step)
-    ce = term = 0.0
-    for micro in range(grad_accum):
-        x, y = training_batch(step * grad_accum + micro)
-        micro_loss, micro_ce, micro_term = training_loss(x, y)
-        (micro_loss / grad_accum).backward()
-        ce, term = ce + micro_ce / grad_accum, term + micro_term / grad_accum
+    ce, term, stopping = gradients(step)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     if not norm.isfinite():  # the one look a step for which the host waits for a GPU
-        diverged("gradient" if (ce + term).isfinite() else "loss", x, y)
+        what = "gradient" if (ce + term).isfinite() else "loss"
+        diverged(what, *training_batch(step * grad_accum))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     step += 1
@@ -399,10 +434,12 @@ while True:
                 f"grad {norm:.2f}  {rate:,.0f} tok/s  {left // 60:.0f}m{left % 60:02.0f}s left")
         run.log("step", step, loss=loss, ce=ce.item(), entropy_term=term.item(),
                 grad_norm=norm.item(), lr=lr_at(step - 1), tokens_per_s=rate)
-    if run.signals:
+    if stopping or ranks == 1 and run.signals:
         stop()
 
 # ------------------------------------------------------------------------------------- the result
+if rank:
+    sys.exit()
 rate = (step - first_step) * tokens_per_step / seconds if seconds else 0.0
 run.say(f"{arch}: validation perplexity {readable} (unigram {unigram:.1f}) after "
         f"{step * tokens_per_step:,} tokens; {rate:,.0f} tok/s, {time.time() - started:.0f} s; "

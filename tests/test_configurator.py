@@ -61,6 +61,7 @@ def test_numbers_as_people_write_them():
     (["-steps=3"], "'-steps=3': settings are written --key=value"),
     (["config/sm_scfufn.py"], "'config/sm_scfufn.py', did you mean 'config/sm_scfuffn.py'?"),
     (["sm_scfuffn"], "no config file 'sm_scfuffn', did you mean 'config/sm_scfuffn.py'?"),
+    (["sm"], "no config file 'sm', did you mean 'config/sm.py'?"),
     (["sm_scfuffn.py"], "no config file 'sm_scfuffn.py', did you mean 'config/sm_scfuffn.py'?"),
     (["config/"], "'config/' is a folder: name one of its files"),
     (["nowhere/x.py"], "no config file 'nowhere/x.py'"),

@@ -272,6 +272,25 @@ def test_counts_are_the_published_tables(L, T, ffn, fused, attn):
         assert flops == pytest.approx({"ffn": ffn_flops, "attn": attn}, abs=0.053)
 
 
+@pytest.mark.parametrize("flags", [{}, dict(learnable_temperature=True, temperature_init=0.5),
+                                   dict(learnable_temperature=True, temperature_per_head=True)])
+def test_cached_keys_and_values_give_the_same_text(flags):
+    """Within block_size and past it, where the context is the last block_size tokens."""
+    model, prompt = build(**flags), tokens(B=2, T=5)
+    T = model.config.block_size
+    idx = prompt
+    for _ in range(T + 3):
+        logits = model(idx[:, -T:])[0][:, -1]
+        idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), 1)
+    assert torch.equal(model.generate(prompt, T + 3, temperature=0), idx)
+    cache = [{} for _ in model.blocks]
+    model(idx[:, :T - 1], cache=cache)
+    last = model(idx[:, T - 1:T], cache=cache)[0][:, -1]
+    assert torch.allclose(last, model(idx[:, :T])[0][:, -1], atol=1e-5)
+    with pytest.raises(ValueError, match=f"{T + 1} tokens do not fit"):
+        model(idx[:, :1], cache=cache)
+
+
 def test_generate():
     model, prompt = build(), tokens(B=2, T=5)
 

@@ -4,11 +4,14 @@ import json
 import pytest
 import torch
 from conftest import run
+from test_gpt2 import gpt2_file
+from test_sample import byte_tokenizer
 
 from data.dataset import hash_bins, map_bins
-from entropy import max_causal_entropy
+from entropy import attention_entropy, max_causal_entropy
 from model import GPT, GPTConfig
 from plot import aligned, describe, diagnosis, draw, read_log
+from pretrained import open_pretrained
 
 SMALL = ["--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32",
          "--eval_windows=16", "--sample_tokens=0", "--max_iters=20", "--eval_interval=10",
@@ -153,3 +156,34 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
 def test_an_aligned_table():
     assert aligned([["", "bytes"], ["softmax", "12"]]) == "         bytes\nsoftmax     12"
     assert aligned([["a", "b"], ["1", "22"]], left=(1,)) == "a  b\n1  22"
+
+
+@torch.no_grad()
+def test_any_text_by_a_checkpoint_and_by_gpt2_beside_it(trained, tmp_path):
+    """Entropies and attention to the first position, against the weights that the textbook has."""
+    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n" * 20)
+    gpt2_file(tmp_path, V=257, T=32)
+    byte_tokenizer(tmp_path / "tokenizer.json")
+    names = [str(trained[1] / "ckpt.pt"), str(tmp_path)]
+    out = run("plot.py", f"--ckpt={','.join(names)}", f"--text={tmp_path}/text",
+              f"--png={tmp_path}/a.png")
+    assert "to the first position" in out
+    for name, seen in zip(names, json.loads((tmp_path / "a.json").read_text())):
+        model, encoding = open_pretrained(name)
+        ids = encoding.encode_ordinary((tmp_path / "text").read_text())
+        x = torch.tensor(ids[:len(ids) // 32 * 32]).view(-1, 32)
+        weights = []
+
+        def textbook(q, k, v, block_mask):
+            future = torch.ones(32, 32, dtype=torch.bool).triu(1)
+            s = (q @ k.mT / q.shape[-1]**0.5).masked_fill(future, float("-inf"))
+            weights.append(s.softmax(-1))
+            return weights[-1] @ v, attention_entropy(weights[-1])
+
+        for block in model.blocks:
+            block.attn.with_entropy = textbook
+        entropy = model(x, return_entropy=True)[2].mean((1, 3))
+        first = torch.stack(weights)[..., 1:, 0].mean((1, 3))
+        assert torch.allclose(torch.tensor(seen["head_entropy"]), entropy, atol=1e-3)
+        assert torch.allclose(torch.tensor(seen["first_position"]), first, atol=1e-4)
+    assert run("plot.py", f"--ckpt={tmp_path}", status=1).count("name a text to measure it on") == 1

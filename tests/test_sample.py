@@ -82,7 +82,7 @@ def test_one_line_says_what_is_wrong(out_dir, tmp_path, monkeypatch):
     ckpt = f"--ckpt={out_dir}/ckpt.pt"
     mistakes = [
         (["--ckpt=nowhere.pt"], 1, "no checkpoint at nowhere.pt"),
-        ([f"--ckpt={tmp_path}/without.pt"], 1, "without.pt has no 'tokenizer'"),
+        ([f"--ckpt={tmp_path}/without.pt"], 1, "without.pt has no tokenizer of train.py's"),
         ([f"--ckpt={tmp_path}/five.pt"], 1, "five.pt has no tokenizer of train.py's"),
         ([ckpt, "--prompt="], 1, "the prompt is empty"),
         ([ckpt, "--device=cuda:99"], 1, "device 'cuda:99' can't be used"),
