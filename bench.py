@@ -151,7 +151,8 @@ within(globals(), tokens=(1, 2**30), rounds=(1, 10**6))
 if device == "auto" and not torch.cuda.is_available():
     device = "cpu"  # Apple's GPU has no peak memory to tell
 try:
-    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
+    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile, tokens,
+                                                             n_embd)
     lengths = [int(T) for T in block_sizes.split(",")]
     for T in lengths:
         config = GPTConfig(T, vocab_size, n_layer, n_head, n_embd)

@@ -1,13 +1,13 @@
 """What the machine can do: device, type of the matrix products, torch.compile, memory."""
 import atexit
 import ctypes
+import math
 import os
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from model import cpu_bf16_unit
 
 
 def choose_device(name="auto"):
@@ -47,26 +47,55 @@ def wait_for_all():
         dist.barrier()
 
 
-def choose_machine(device, dtype, compile):
+def matmul_seconds(dtype, rows, d):
+    """Seconds of one product (rows, d) x (d, 4 d), an FFN's, on the CPU."""
+    a = torch.ones(rows, d, dtype=dtype)
+    b = torch.ones(d, 4 * d, dtype=dtype)
+    start = time.perf_counter()
+    a @ b
+    return time.perf_counter() - start
+
+
+def bf16_is_faster(rows, d):
+    """
+    (whether products of these shapes are faster in bfloat16 on this CPU, a sentence with both
+    speeds). It is measured, as on some processors bf16 instructions are slower than float32's: in
+    turn, and the best of each, as others use the machine too. Processes that train together take
+    the first one's answer.
+    """
+    rows, d = min(rows, 2048), min(d, 512)  # larger ones are as fast, and take long
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(10):
+        for dtype in best:
+            best[dtype] = min(best[dtype], matmul_seconds(dtype, rows, d))
+    wide, narrow = (2 * rows * d * 4 * d / seconds / 1e12 for seconds in best.values())
+    answer = [narrow > wide, f"{wide:.2f} TFLOP/s in float32, {narrow:.2f} in bf16"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer
+
+
+def choose_machine(device, dtype, compile, rows, d):
     """
     (device, type of the matrix products, whether to compile, a sentence that says so) for the
-    settings of train.py that have these names. Raises ValueError if the device can't be used.
+    settings of train.py that have these names, and products of (rows, d) by (d, 4 d). Raises
+    ValueError if the device can't be used.
     """
     device = choose_device(device)
     kind = torch.device(device).type
-    fast, why = False, "bf16 untested there"
+    narrow, why = dtype == "bfloat16", "bf16 untested there"
     if kind == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        if dtype == "auto":
+            narrow = torch.cuda.get_device_capability(device) >= (8, 0)
         why = torch.cuda.get_device_name(device)
         if dtype != "float32":
             torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     elif kind == "cpu":
         keep_memory()
-        unit = cpu_bf16_unit()
-        fast = bool(unit)
-        bf16 = f"{unit} makes bf16 fast" if unit else "no AMX or AVX512-BF16: bf16 would be slower"
-        why = f"{torch.get_num_threads()} threads, {bf16}"
-    narrow = dtype == "bfloat16" or dtype == "auto" and fast
+        why = f"{torch.get_num_threads()} threads"
+        if dtype == "auto":
+            narrow, speeds = bf16_is_faster(rows, d)
+            why += f", {speeds}"
     matmul_dtype = torch.bfloat16 if narrow else torch.float32
     compiled = compile == "yes" or compile == "auto" and kind == "cuda"
     how = "torch.compile" if compiled else "eager"

@@ -148,13 +148,6 @@ LIMITS = {"block_size": (1, 2**20), "vocab_size": (1, 2**24), "n_layer": (1, 2**
           "n_head": (1, 2**16), "n_embd": (1, 2**16), "temperature_init": (1e-6, 1e6)}
 
 
-def cpu_bf16_unit():
-    """What makes bfloat16 fast on this processor: "AMX", "AVX512-BF16", or "" if nothing."""
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
-
-
 def linear(c, d_in, d_out, part, bias):
     """
     A Linear initialised N(0, 0.02), under that one of NORMS which c has on, where it covers `part`:

@@ -87,7 +87,7 @@ compile = "auto"  # auto (on CUDA) | yes | no: torch.compile
 
 SETTINGS = setting_names(globals())
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
-HERE = {"out_dir", "init_from", "data_dir", "device", "dtype", "compile", "log_to"}  # not resumed
+HERE = {"out_dir", "init_from", "data_dir", "device", "compile", "log_to"}  # not resumed
 FIXED = {*MODEL_KEYS, "dataset", "batch_size", "grad_accum", "seed", "entropy_reg"}  # by resuming
 MANY = 2**31 - 1
 
@@ -141,7 +141,9 @@ if dataset == "pycode" and not there and rank == 0:
         die("data/prepare.py failed, see above")
 wait_for_all()
 try:
-    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile)
+    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile,
+                                                             batch_size * block_size, n_embd)
+    dtype = str(matmul_dtype).removeprefix("torch.")  # so that a resumed run keeps it
     train_tokens, val_tokens, meta, spec, tokenizer = open_dataset(data_dir, dataset, block_size)
     if trained:
         check_tokenizer(init_from, trained, spec, meta["vocab_size"])

@@ -11,8 +11,7 @@ from conftest import ROOT, run
 from test_train import TINY, content, of_kind, records, resume, wait_for, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ARGS = [*TINY, "--grad_accum=4", "--batch_size=2", "--log_interval=1", "--eval_interval=10",
-        "--dtype=float32"]
+ARGS = [*TINY, "--grad_accum=4", "--batch_size=2", "--log_interval=1", "--eval_interval=10"]
 
 # A config file, by which each process leaves what it holds at the end in `rank0.pt`, `rank1.pt`
 LEAVE = """

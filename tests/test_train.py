@@ -16,7 +16,8 @@ from conftest import ROOT, refusals, run
 from data.dataset import hash_bins, map_bins
 
 TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32",
-        "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False"]
+        "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False",
+        "--dtype=float32"]  # auto would measure, and runs are compared bit by bit
 EREG = ["config/ereg_sm_t_scfuffn.py", *TINY]
 FOR_EVER = ["--max_iters=100000", "--log_interval=1"]
 

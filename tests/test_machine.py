@@ -1,0 +1,38 @@
+"""machine.py: the type of the matrix products is what was measured to be faster."""
+import pytest
+import torch
+from conftest import run
+from test_train import TINY
+
+import machine
+
+WIDE, NARROW = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("asked, seconds, taken", [
+    ("auto", {WIDE: 3e-3, NARROW: 2e-3}, NARROW),
+    ("auto", {WIDE: 2e-3, NARROW: 3e-3}, WIDE),
+    ("float32", {WIDE: 3e-3, NARROW: 2e-3}, WIDE),
+    ("bfloat16", {WIDE: 2e-3, NARROW: 3e-3}, NARROW),
+])
+def test_a_cpu_takes_the_faster_type_unless_told(asked, seconds, taken, monkeypatch):
+    monkeypatch.setattr(machine, "matmul_seconds", lambda dtype, rows, d: seconds[dtype])
+    device, dtype, compiled, told = machine.choose_machine("cpu", asked, "auto", 1000, 500)
+    assert (device, dtype, compiled) == ("cpu", taken, False)
+    if asked == "auto":  # of 2 * 1000 * 500 * 2000 FLOPs
+        speeds = {2e-3: "1.00", 3e-3: "0.67"}
+        assert (f"{speeds[seconds[WIDE]]} TFLOP/s in float32, "
+                f"{speeds[seconds[NARROW]]} in bf16") in told
+
+
+def test_it_is_measured_here():
+    assert 0 < machine.matmul_seconds(WIDE, 256, 64) < 10
+    assert "TFLOP/s in float32" in machine.bf16_is_faster(256, 64)[1]
+
+
+def test_a_resumed_run_keeps_its_type(data_dir, tmp_path):
+    here = f"--data_dir={data_dir}", f"--out_dir={tmp_path}"
+    out = run("train.py", *TINY, *here, "--dtype=bfloat16", "--max_iters=2")
+    assert "bfloat16 matmuls" in out
+    out = run("train.py", "--init_from=resume", *here, "--device=cpu", "--max_iters=3")
+    assert "bfloat16 matmuls" in out
