@@ -282,7 +282,7 @@ def main():
     told = [f"--{key}={given[key]!r}" for key in ("scale", "gpu_steps", "extra") if key in given]
     head = heading(runs, " ".join(["python experiments/reproduce.py", *told]))
     parts = {name: markdown(name, rows) for name, rows in tables.items()
-             if any(r["runs"] for r in rows)}
+             if sum(bool(r["runs"]) for r in rows) > 1}  # one run alone is in the JSON
     print(head + "\n".join(parts[name] for name in wanted or parts if name in parts))
     text = head + "\n".join(parts.values())
     if missing := ", ".join(name for name in tables if name not in parts):
