@@ -332,7 +332,7 @@ def stop():
     sys.exit(128 + (*run.signals, signal.SIGTERM)[0])
 
 
-def origin():
+def provenance():
     """What the last record of a run tells of how it came about, whichever way it ended."""
     return dict(arch=arch, tokens=step * tokens_per_step, parameters=n_parameters,
                 settings=settings, torch=torch.__version__, data_sha256=meta["sha256"],
@@ -346,7 +346,7 @@ def diverged(what, x, y):
         layers = model(x, y, return_entropy=True)[2].float().mean((1, 2, 3)).tolist()
     finite = [l for l in range(n_layer) if math.isfinite(layers[l])]
     lowest = min(finite, key=lambda l: layers[l], default=0)
-    run.log("diverged", step, what=f"the {what} is not finite", **origin(),
+    run.log("diverged", step, what=f"the {what} is not finite", **provenance(),
             entropy_by_layer=[layers[l] if l in finite else None for l in range(n_layer)])
     advice = "Try a lower learning_rate, a longer warmup or --grad_clip=1"
     if config.name.split(",")[0] == "SM":
@@ -452,7 +452,7 @@ if sample_tokens:
     text = sample(model.eval(), tokenizer, sample_prompt, sample_tokens, 0.8, 50, generator)
     run.say(f"--- a sample\n{text}\n---")
 run.log("done", step, val_ce=val_ce, val_ppl=val_ppl, unigram_ppl=unigram, tokens_per_s=rate,
-        entropy_by_layer=layers, sample=text, **origin())
+        entropy_by_layer=layers, sample=text, **provenance())
 if plot:
     try:
         threshold = regularizer and regularizer.threshold

@@ -82,6 +82,7 @@ def test_a_real_run_learns(data_dir, tmp_path):
     out = run("train.py", "config/sm_scfuffn.py", *TINY, f"--data_dir={data_dir}",
               f"--out_dir={tmp_path}", "--max_iters=50", "--eval_interval=25",
               "--learning_rate=1e-2", "--sample_tokens=5", "--plot=True", "--log_interval=10")
+    assert out.startswith("SM+ScFuFFN: ")
     evals, steps = of_kind("eval", tmp_path), of_kind("step", tmp_path)
     assert [r["step"] for r in evals] == [0, 25, 50]
     assert evals[0]["val_ppl"] == pytest.approx(512, rel=0.05)  # uniform over the vocabulary
