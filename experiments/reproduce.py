@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
 from plot import draw, draw_history, look, read_log, write_figure, write_whole  # noqa: E402
 from tables import PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
-from tabulate import breaks, heading, markdown, mean  # noqa: E402
+from rows import breaks, heading, markdown, mean  # noqa: E402
 
 only = ""  # tables to train for, comma-separated, or none; all if empty
 scale = "cpu"  # cpu: 1M parameters, 10.8M tokens | gpu: GPT-2 small

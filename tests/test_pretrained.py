@@ -12,7 +12,8 @@ from test_train import TINY, content, of_kind, records
 from model import GPT, GPTConfig
 from pretrained import open_pretrained, start_from
 
-HERE = ["--device=cpu", "--eval_windows=16", "--sample_tokens=0", "--plot=False"]
+HERE = ["--device=cpu", "--dtype=float32", "--eval_windows=16", "--sample_tokens=0",
+        "--plot=False"]
 SMALL = dict(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 LINEAR = dict(use_layernorm=False, use_gelu=False)
 

@@ -7,7 +7,7 @@ from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from reproduce import PICTURES, SEEDS, TABLES, folder  # noqa: E402
-from tabulate import breaks, paired  # noqa: E402
+from rows import breaks, paired  # noqa: E402
 
 TINY = ("--dataset=mine --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 "
         "--max_iters=4 --eval_interval=2 --eval_windows=4 --sample_tokens=0 --plot=False")
