@@ -9,6 +9,7 @@ e.g. a Hugging Face model called with `output_attentions=True`. All entropies ar
 - attention_with_entropy: causal attention that returns its output and its entropy in one go, eq. 10
 - EntropyRegularizer: Algorithm 1 with its learnable thresholds, in three readings
 - quartile_distribution: which share of the heads is collapsed, well-behaved, overloaded
+- distance_from_average: how far a head is from the plain average, which needs no softmax
 """
 import math
 
@@ -53,13 +54,18 @@ def attention_entropy(A, eps=1e-9):
 
 
 # ---------------------------------------------------------------------------------- eq. 10
-def explicit_attention_with_entropy(q, k, v):
-    """attention_with_entropy() by the textbook: scores, softmax, eq. 7. It is the reference."""
+def causal_attention(q, k):
+    """Attention weights by the textbook: q and k (B, H, T, d_k) -> A (B, H, T, T)."""
     T, d_k = q.shape[-2:]
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    s = (q @ k.mT) / math.sqrt(d_k)                              # (B, H, T, T)
-    A = F.softmax(s.masked_fill(future, float("-inf")), dim=-1)  # (B, H, T, T)
-    return A @ v, attention_entropy(A)                           # (B, H, T, d_k), (B, H, T)
+    s = (q @ k.mT) / math.sqrt(d_k)                                 # (B, H, T, T)
+    return F.softmax(s.masked_fill(future, float("-inf")), dim=-1)  # (B, H, T, T)
+
+
+def explicit_attention_with_entropy(q, k, v):
+    """attention_with_entropy() by the textbook: scores, softmax, eq. 7. It is the reference."""
+    A = causal_attention(q, k)          # (B, H, T, T)
+    return A @ v, attention_entropy(A)  # (B, H, T, d_k), (B, H, T)
 
 
 class _AttentionWithEntropy(torch.autograd.Function):
@@ -166,6 +172,20 @@ def max_causal_entropy(T):
     most log i; this is the mean over the rows, 3.88 at T = 128, where log T = 4.85.
     """
     return math.lgamma(T + 1) / T
+
+
+def causal_average(T):
+    """C (T, T), C_ij = 1/i for j <= i, else 0: the attention of the largest entropy there is."""
+    return torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
+
+
+def distance_from_average(A):
+    """
+    Total variation distance of each row of causal attention A (..., T, T) from C's, (..., T) from 0
+    to 1 - 1/i: the share of the weight that lies elsewhere. By Pinsker's inequality it is at most
+    sqrt((log i - H_i) / 2), so that a head near the causal maximum of entropy averages.
+    """
+    return (A - causal_average(A.shape[-1]).to(A)).abs().sum(-1) / 2
 
 
 def quartile_distribution(head_entropy, maximum=None):

@@ -3,11 +3,12 @@ The GPT of "Entropy-Guided Attention for Private LLMs" (arXiv 2501.03489), whole
 
 Notable features:
 - GPT-2: decoder-only, pre-LN, learned positions, tied input and output embeddings, no dropout
-- a flag for every nonlinearity (LayerNorm, GELU, ReLU; softmax always stays) and for every
+- a flag for every nonlinearity (LayerNorm, GELU, ReLU; softmax in the first layers) and for every
   replacement of the paper: fused FFN, learnable FFN scales (eq. 8), learnable softmax temperatures
   (eq. 9), weight / spectral norm
 - biases where the paper's code base has them: on Q, K and LayerNorm; none on V, the output
   projection and the FFN
+- first layers whose heads average, if wanted: attention of the largest entropy, without softmax
 - attention entropies of every layer, head and query position, in nats, when asked for
 - counts its own nonlinear operations and FLOPs, as the paper's tables do
 
@@ -86,6 +87,7 @@ class GPTConfig:
     sigma_reparam: str = "none"  # spectral norm times a learned gain (arXiv 2303.06296), likewise
     bias: bool = False  # biases also on V, output projection and FFN, as OpenAI's GPT-2 has them
     gelu_tanh: bool = False  # GELU by its tanh approximation, OpenAI's GPT-2's; slower on a CPU
+    uniform_layers: int = 0  # the first so many average what a position sees: no softmax, Q, K
 
     def __post_init__(self):
         """Refuse what cannot be built. Raises ValueError with a sentence."""
@@ -97,6 +99,9 @@ class GPTConfig:
             if not least <= getattr(self, key) <= most:  # nor is NaN
                 raise ValueError(f"{key} must be at least {least} and at most {most}, "
                                  f"and is {getattr(self, key)}")
+        if not 0 <= self.uniform_layers <= self.n_layer:
+            raise ValueError(f"uniform_layers must be at least 0 and at most n_layer={self.n_layer}"
+                             f", and is {self.uniform_layers}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} cannot be split among {self.n_head} heads")
         flags = [f"use_{name}" for name in self.activations]
@@ -140,7 +145,13 @@ class GPTConfig:
         for key, (name, _) in NORMS.items():
             if getattr(self, key) != "none":
                 parts.append(f"{name}({getattr(self, key).upper()})")
-        return "+".join(parts) + ("" if self.final_layernorm else ", no ln_f")
+        parts = ["+".join(parts)]
+        if self.uniform_layers:
+            plural = "" if self.uniform_layers == 1 else "s"
+            parts.append(f"{self.uniform_layers} uniform layer{plural}")
+        if not self.final_layernorm:
+            parts.append("no ln_f")
+        return ", ".join(parts)
 
 
 # Sizes beyond these are a slip of the keyboard or a hostile file, and would end in endless memory.
@@ -225,6 +236,45 @@ class Attention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(B, T, d)), entropy
 
 
+def causal_mean(x):
+    """C x, C_ij = 1/i for j <= i: row i of x (..., T, n) becomes the mean of the rows up to it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    count = torch.arange(1, x.shape[-2] + 1, device=x.device, dtype=wide)
+    return (x.cumsum(-2, dtype=wide) / count[:, None]).to(x.dtype)
+
+
+class UniformAttention(nn.Module):
+    """
+    Attention of the largest entropy that a causal head can have, log i in row i: A = C in every
+    head, C_ij = 1/i for j <= i. C is public and the same for all, so that
+
+        MHA(X) = C X M,  M = sum over the heads of W_V W_O
+
+    needs no Q, K, temperature or softmax; under MPC C X is local, and C X M one secret product.
+    W_V and W_O stay apart, as trained.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.v = linear(c, c.n_embd, c.n_embd, "v", bias=c.bias)
+        self.o = linear(c, c.n_embd, c.n_embd, "o", bias=c.bias)
+
+    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
+        """Attention.forward(), whose arguments these are; block_mask is not needed."""
+        B, T, d = x.shape
+        v = self.v(x)[:, None]  # (B, 1, T, d), as all heads are alike
+        if cache is not None:
+            v = extended(cache, "v", v)  # (B, 1, past + T, d)
+        y = causal_mean(v)[:, 0, -T:]  # (B, T, d)
+        entropy = None
+        if return_entropy:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            entropy = torch.arange(1, T + 1, device=x.device, dtype=wide).log()
+            entropy = entropy.expand(B, self.n_head, T)
+        return self.o(y), entropy
+
+
 class FFN(nn.Module):
     """act(x W_in) W_out (eq. 4), or x W_ffn when fused."""
 
@@ -248,11 +298,11 @@ class Block(nn.Module):
     alpha = beta = 1 where they are not learned.
     """
 
-    def __init__(self, c):
+    def __init__(self, c, uniform):
         super().__init__()
         self.ln_1 = layernorm(c.use_layernorm, c)
         self.ln_2 = layernorm(c.use_layernorm, c)
-        self.attn = Attention(c)
+        self.attn = UniformAttention(c) if uniform else Attention(c)
         self.ffn = FFN(c)
         if c.learnable_ffn_scale:
             self.alpha = nn.Parameter(torch.ones(()))
@@ -273,7 +323,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, i < c.uniform_layers) for i in range(c.n_layer))
         self.ln_f = layernorm(c.final_layernorm, c)
 
     def forward(self, idx, targets=None, return_entropy=False, cache=None):
@@ -328,7 +378,8 @@ class GPT(nn.Module):
         As there, the final LayerNorm isn't counted.
         """
         c = self.config
-        ops = {"SM": (c.n_layer * c.n_head, (c.block_size, c.block_size))}
+        softmaxes = (c.n_layer - c.uniform_layers) * c.n_head
+        ops = {"SM": (softmaxes, (c.block_size, c.block_size))}
         if c.use_layernorm:
             ops["LN"] = (2 * c.n_layer, (c.block_size, c.n_embd))
         if c.activation != "none":
@@ -339,12 +390,14 @@ class GPT(nn.Module):
         """
         FLOPs of one forward pass over T = block_size tokens as the paper's tables count them:
         {"ffn": , "attn": }. Q K^T counts whole, A V only its causal half; embedding and vocabulary
-        projection are left out.
+        projection are left out. An average counts an addition and a division for each number.
         """
         c = self.config
         L, T, d = c.n_layer, c.block_size, c.n_embd
+        softmax = 2 * T * 4 * d * d + 3 * T * T * d
+        uniform = 2 * T * 2 * d * d + 2 * T * d
         return {"ffn": L * 2 * T * d * d * (1 if c.fuse_ffn else 8),
-                "attn": L * 2 * T * 4 * d * d + L * 3 * T * T * d}
+                "attn": (L - c.uniform_layers) * softmax + c.uniform_layers * uniform}
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):

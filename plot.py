@@ -4,8 +4,10 @@ Pictures of the attention entropies of models that train.py trained, and a diagn
     python plot.py --out_dir=out                                 # out/entropy.png and .json
     python plot.py --out_dir=out/sm,out/ereg --png=compare.png   # side by side, on one colour scale
     python plot.py --ckpt=out/ckpt.pt,gpt2 --text=FILE           # on any text; GPT-2 as well
+
+It also names the first layers whose heads average, which need no softmax (--uniform_layers).
 """
-from configurator import configure, die, end_on_signals
+from configurator import configure, die, end_on_signals, within
 
 if __name__ == "__main__":
     end_on_signals()  # before the heavy imports
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 
 from data.dataset import open_dataset
-from entropy import attention_with_entropy, max_causal_entropy, quartile_distribution
+from entropy import (attention_entropy, causal_attention, causal_average, distance_from_average,
+                     max_causal_entropy, quartile_distribution)
 from model import GPT
 from pretrained import encoding_of, is_checkpoint, read_pretrained, read_tokens
 
@@ -30,6 +33,7 @@ ckpt = ""        # or checkpoint files, comma-separated; a log.jsonl beside one 
 text = ""        # measure on this file, and ckpt may also name GPT-2: a hub id or a folder
 tokenizer = ""   # of GPT-2: a tokenizer.json; if empty the one beside its weights, else tiktoken's
 windows = 256    # windows of the validation set or the text that the entropies are means over
+tolerance = 0.05  # share of the causal maximum that a head that averages may lack of entropy
 png = ""         # the picture, a .json beside it; entropy.png beside the first ckpt if empty
 
 COLOURS = ("black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -88,9 +92,10 @@ def learned(model, threshold):
     if model.config.learnable_ffn_scale:
         for name in ("alpha", "beta"):
             found[name] = [getattr(block, name).item() for block in model.blocks]
-    if model.config.learnable_temperature:
-        t = torch.stack([b.attn.temperature.detach().float().cpu() for b in model.blocks])
-        found["temperature"] = t.mean(-1).tolist()  # (L, H)
+    if model.config.learnable_temperature and model.config.uniform_layers < model.config.n_layer:
+        softmax = model.blocks[model.config.uniform_layers:]
+        t = torch.stack([block.attn.temperature.detach().float().cpu() for block in softmax])
+        found["temperature"] = t.mean(-1).tolist()  # (layers with softmax, H)
         found["temperature_range"] = [t.amin((1, 2)).tolist(), t.amax((1, 2)).tolist()]
     if threshold is not None:
         found["threshold"] = threshold.detach().float().cpu().tolist()
@@ -101,11 +106,11 @@ def describe(arch, model, head_entropy, threshold=None, log=()):
     """
     What there is to see of one model, as plain lists and numbers: a dict for draw() and table().
 
-    head_entropy: (L, H) nats, means over the validation windows; threshold: (L, H) learned
-    fractions of log T, or None; log: the records of its log.jsonl. The paper counts heads in the
-    lowest and in the highest quarter of [0, M], M the largest head's entropy; a layer is called
-    collapsed or overloaded here if half of its heads or more are. ValueError if an entropy is not
-    finite.
+    head_entropy: (L, H) nats, means over the validation windows; threshold: learned fractions of
+    log T, (layers with softmax, H), or None; log: the records of its log.jsonl. The paper counts
+    heads in the lowest and in the highest quarter of [0, M], M the largest head's entropy; a layer
+    is called collapsed or overloaded here if half of its heads or more are. ValueError if an
+    entropy is not finite.
     """
     E = torch.as_tensor(head_entropy).float().cpu()
     shares = quartile_distribution(E)
@@ -154,6 +159,31 @@ def diagnosis(run):
     return [f"{overload}; {full} within 5% of a causal head's maximum, {most:.2f}", collapse]
 
 
+def averaging(run, tolerance):
+    """
+    A sentence on the heads whose mean entropy lacks at most `tolerance`, a share, of the causal
+    maximum: which they are, how far their attention is from the average (mean total variation
+    distance), and the flag for those first layers that have no other heads, with what it saves.
+    """
+    most, already = run["max_causal_entropy"], run["uniform_layers"]
+    near = np.array(run["head_entropy"]) >= (1 - tolerance) * most - 1e-5  # (L, H)
+    L, H = near.shape
+    found = f"averaging: {near.sum()} of {L * H} heads within {tolerance:.0%} of {most:.2f} nats"
+    if near.any():
+        layers = []
+        for l in np.flatnonzero(near.any(1)):
+            heads = "all" if near[l].all() else " ".join(map(str, np.flatnonzero(near[l])))
+            layers.append(f"{l} ({heads})")
+        far = np.array(run["distance"])[near]
+        found += (f", in layers {', '.join(layers)}, {far.min():.2f} to {far.max():.2f} of their "
+                  "weight elsewhere than the average's")
+    k = int(np.argmin([*near.all(1), False]))  # how many first layers have no other heads
+    saved = (k - already) * H
+    if saved == 0:
+        return f"{found}; --uniform_layers={k} is all that the first layers allow"
+    return f"{found}; --uniform_layers={k} would save {saved} of {(L - already) * H} softmaxes"
+
+
 def aligned(rows, left=(0,)):
     """Rows of str as a text table; the columns whose numbers are in `left` are flush left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -195,11 +225,16 @@ def draw_history(ax, history):
     ax.set(xlabel="training step", ylabel="mean entropy, nats")
 
 
-def draw_heatmap(ax, values, top, form):
-    """(L, H) values from 0 to top as colours, with their numbers where these are not too many."""
+def draw_heatmap(ax, values, top, form, start=0):
+    """
+    (layers, H) values from 0 to top as colours, with their numbers where these are not too many.
+    start: the first one's layer.
+    """
     image = ax.imshow(values, cmap="viridis", vmin=0, vmax=top, aspect="auto")
     L, H = len(values), len(values[0])
-    ax.set(xlabel="head", xticks=range(0, H, 1 + H // 13), yticks=range(0, L, 1 + L // 13))
+    rows = range(0, L, 1 + L // 13)
+    ax.set(xlabel="head", xticks=range(0, H, 1 + H // 13), yticks=rows,
+           yticklabels=[start + row for row in rows])
     if L * H <= 18 * 12:
         for l, row in enumerate(values):
             for h, value in enumerate(row):
@@ -238,7 +273,8 @@ def draw_temperatures(ax, named):
             mean = np.mean(run["temperature"], 1)
             low, high = run["temperature_range"]
             reach = np.maximum(0, [mean - low, high - mean])  # a mean of equals is off by rounding
-            ax.errorbar(range(len(mean)), mean, reach, fmt="o-", color=colour, capsize=3,
+            L = len(run["head_entropy"])  # the first layers may be uniform, without temperatures
+            ax.errorbar(range(L - len(mean), L), mean, reach, fmt="o-", color=colour, capsize=3,
                         markersize=4, linewidth=1, label=tag)
     ax.set(xlabel="layer", title="temperature, mean and range", ymargin=0.2)
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -293,7 +329,8 @@ def draw_learned(fig, named, columns):
     for ax, (panel, tag) in zip(axes, panels):
         if panel == "threshold":
             percent = [[100 * share for share in heads] for heads in named[tag]["threshold"]]
-            draw_heatmap(ax, percent, 100, "{:.0f}")
+            start = len(named[tag]["head_entropy"]) - len(percent)
+            draw_heatmap(ax, percent, 100, "{:.0f}", start)
             ax.set(ylabel="layer", title=f"{tag}thresholds, % of log T")
         elif panel == "alpha":
             draw_scales(ax, named)
@@ -353,28 +390,28 @@ def draw(runs, path):
 @torch.no_grad()
 def measure(model, tokens, n):
     """
-    (L, H) mean entropies in nats, and (L, H) mean attention weights of the first position to all
-    later ones, over `windows` of the n windows of block_size tokens.
+    Means over `windows` of the n windows of block_size tokens, (L, H) each: entropies in nats,
+    attention weights of the first position to all later ones, distances from the average.
     """
-    T = model.config.block_size
+    c, T = model.config, model.config.block_size
     chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
-    entropy = torch.zeros(model.config.n_layer, model.config.n_head)
-    first = torch.zeros_like(entropy)
+    entropy, first, distance = torch.zeros(3, c.n_layer, c.n_head)
 
-    def with_first(q, k, v, block_mask, layer):
-        """attention_with_entropy, by one more value, 1 at the first position and 0 elsewhere."""
-        marked = torch.zeros_like(v[..., :1])
-        marked[..., 0, :] = 1
-        y, entropies = attention_with_entropy(q, k, torch.cat((v, marked), -1), block_mask)
-        first[layer] += y[..., 1:, -1].sum(-1).sum(0) / max(1, T - 1)
-        return y[..., :-1], entropies
+    def watched(q, k, v, block_mask, layer):
+        """attention_with_entropy(), with a look at the weights."""
+        A = causal_attention(q, k)  # (B, H, T, T)
+        first[layer] += A[..., 1:, 0].sum((0, 2)) / max(1, T - 1)
+        distance[layer] += distance_from_average(A).mean(-1).sum(0)
+        return A @ v, attention_entropy(A)
 
-    for layer, block in enumerate(model.blocks):
-        block.attn.with_entropy = partial(with_first, layer=layer)
+    for layer in range(c.uniform_layers, c.n_layer):
+        model.blocks[layer].attn.with_entropy = partial(watched, layer=layer)
     for some in np.array_split(chosen, -(-len(chosen) // 8)):
         x = torch.from_numpy(np.stack([tokens[w * T:(w + 1) * T] for w in some]).astype(np.int64))
         entropy += model(x, return_entropy=True)[2].mean(-1).sum(1)
-    return entropy / len(chosen), first / len(chosen)
+    entropy, first, distance = (total / len(chosen) for total in (entropy, first, distance))
+    first[:c.uniform_layers] = causal_average(T)[1:, 0].sum() / max(1, T - 1)
+    return entropy, first, distance
 
 
 def look(path):
@@ -407,15 +444,17 @@ def look(path):
     log = []
     if os.path.basename(path) == "ckpt.pt":  # the log beside another name is another run's
         log = read_log(os.path.join(os.path.dirname(path), "log.jsonl"))
-    head_entropy, first = measure(model, tokens, n)
+    head_entropy, first, distance = measure(model, tokens, n)
     threshold = (checkpoint.get("regularizer") or {}).get("threshold")
     arch = model.config.name if threshold is None else f"EReg({model.config.name})"
     run = describe(arch, model, head_entropy, threshold, log)
-    return run | {"seed": settings["seed"], "first_position": first.tolist()}
+    return run | {"seed": settings["seed"], "first_position": first.tolist(),
+                  "distance": distance.tolist(), "uniform_layers": model.config.uniform_layers}
 
 
 def main():
     configure(globals())
+    within(globals(), tolerance=(0, 1))
     if windows < 1:
         die(f"windows must be at least 1, and is {windows}", 2)
     if not find_spec("matplotlib"):
@@ -430,7 +469,7 @@ def main():
     try:
         runs = [look(path) for path in paths]
         for run in runs:
-            print(f"{run['arch']}: " + "\n".join(diagnosis(run)))
+            print(f"{run['arch']}: " + "\n".join([*diagnosis(run), averaging(run, tolerance)]))
         print(table(runs))
         draw(runs, picture)
         write_whole(numbers, json.dumps(runs, indent=1).encode())

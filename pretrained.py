@@ -148,7 +148,8 @@ def start_from(source, model, regularizer):
     model.load_state_dict({name: theirs[name] for name in ours.keys() & theirs.keys()},
                           strict=False)
     if regularizer and source.get("regularizer"):
-        regularizer.load_state_dict(source["regularizer"])
+        thresholds = source["regularizer"]["threshold"]  # of the last layers, those with softmax
+        regularizer.load_state_dict({"threshold": thresholds[c.uniform_layers - c.n_layer:]})
     told = [f"{word} {parts(names)}" for word, names in (("without", left_out), ("new", new))
             if names]
     return "; ".join([f"{len(ours) - len(new)} tensors", *told])

@@ -128,6 +128,9 @@ try:
     config = GPTConfig(**flags | {"vocab_size": vocab_size or 1})
 except ValueError as e:
     die(e, 2)
+if entropy_reg and uniform_layers == n_layer:
+    die("entropy_reg has nothing to regularize where all layers are uniform: leave one to softmax, "
+        f"--uniform_layers={n_layer - 1} at most", 2)
 if grad_accum % ranks:
     die(f"grad_accum={grad_accum} passes a step can't be shared out among {ranks} processes: "
         f"--grad_accum={ranks} or a multiple", 2)
@@ -217,7 +220,8 @@ origin = ""
 groups = model.param_groups(weight_decay)
 regularizer = None
 if entropy_reg:
-    regularizer = EntropyRegularizer(n_layer, n_head, gamma, threshold_init, reduction).to(device)
+    regularizer = EntropyRegularizer(n_layer - uniform_layers, n_head, gamma, threshold_init,
+                                     reduction).to(device)
     groups.append({"params": list(regularizer.parameters()), "weight_decay": 0.0})
 parameters = [p for group in groups for p in group["params"]]
 fused = not device.startswith("mps")
@@ -270,7 +274,9 @@ def training_loss(x, y):
     """(what is minimised, cross-entropy, lambda_entropy * L_entropy) of Algorithm 1, in nats."""
     with autocast:
         _, ce, entropy = forward(x, y, return_entropy=entropy_reg)
-        term = lambda_entropy * regularize(entropy) if entropy_reg else torch.zeros_like(ce)
+        term = torch.zeros_like(ce)
+        if entropy_reg:  # of the heads that can choose their entropy
+            term = lambda_entropy * regularize(entropy[uniform_layers:])
     return ce + term, ce.detach(), term.detach()
 
 
