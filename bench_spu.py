@@ -56,7 +56,7 @@ peer = ""                # one role: HOST:PORT where the other listens
 tls = ""                 # folder with ca.pem, cert.pem and key.pem: encrypt, and know the peer
 protocol = "cheetah"     # cheetah | semi2k (no secrecy from the client) | aby3 (three parties)
 network = "none"         # role both: none | lan | wan, the line between the processes, see relay.py
-measure_layers = 0       # > 0: run so many and the last, and multiply; the result means nothing
+measure_layers = 0       # > 0: run so many of a kind and the last, and multiply; means nothing
 plain = False            # as one would write it first: jax.nn, SPU's defaults, shared weights
 baseline = False         # role both: each model with --plain first, and the ratio
 json = ""                # write the results: a list of objects, or the client's own result
@@ -75,6 +75,7 @@ final_layernorm = True   # LN before the vocabulary, one row
 temperature_init = 1.0   # of the architectures with learnable temperatures
 bias = False             # biases in every linear layer
 gelu_tanh = False        # GPT-2's tanh GELU
+uniform_layers = 0       # first layers whose heads average, without softmax
 seed = 1337
 
 DAY = 24 * 3600
@@ -146,7 +147,7 @@ def describe(model, name, s):
     import numpy
     import spu
     import torch
-    sizes = ("n_layer", "block_size", "n_embd", "n_head", "vocab_size")
+    sizes = ("n_layer", "uniform_layers", "block_size", "n_embd", "n_head", "vocab_size")
     ops = model.nonlinear_ops().items()
     return {
         "arch": name,

@@ -26,6 +26,8 @@ truncation, so whatever algebra can do in the clear is done here, once, in float
   nothing at all. It is X_SA W', W' = beta I + W_ffn / alpha, a change of basis, which the next
   block's matrices can be written in. A softmax-only model is attention alone,
   X_out = X + MHA(X), with two secret matrices to a block
+- W_V W_O of a layer whose heads average, X + C X M, C_ij = 1/i for j <= i -> one d x d matrix M;
+  several such layers in a row in a softmax-only model -> one product, see fold_run()
 
 The temperature per query position (eq. 9) does not fold: row i of Q is divided by t_i, which no
 matrix on the right of X does. Dividing Q, T x d numbers, is the cheapest exact place; the logits
@@ -51,7 +53,7 @@ try:
 except ImportError:
     die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then "
         "pip install -r requirements.txt")
-from model import GPT, load_checkpoint  # noqa: E402
+from model import GPT, UniformAttention, load_checkpoint  # noqa: E402
 from private.files import write_files  # noqa: E402
 from private.ranges import check_range  # noqa: E402
 
@@ -164,15 +166,36 @@ def fold_attention(block, c):
     return (W, b), (W_o, b_o), inverse_t
 
 
-def fold_block(block, c):
+def fold_uniform(block, c):
     """
-    One block's arrays: "qkv" and "o", each W with its b; "ffn", or "in" and "up", likewise; "beta"
-    where that is learned; "inverse_t" (H, T, 1) where there is a temperature per position.
+    (M, b) of the attention C n M + b of a uniform layer. n: what follows a bare LayerNorm, if there
+    is one. Biases pass C unchanged, as its rows sum to 1.
     """
+    W_v, b_v = matrix(block.attn.v)
+    W_o, b_o = matrix(block.attn.o)
+    return after_norm(block.ln_1, W_v @ W_o, b_v @ W_o + b_o)
+
+
+def attention_arrays(block, c):
+    """
+    "qkv" and "o", each (W, b), and maybe "inverse_t"; of a uniform layer "o" alone, fold_uniform's.
+    """
+    if isinstance(block.attn, UniformAttention):
+        return {"o": fold_uniform(block, c)}
     qkv, o, inverse_t = fold_attention(block, c)
     arrays = {"qkv": qkv, "o": o}
     if inverse_t is not None:
         arrays["inverse_t"] = (inverse_t,)
+    return arrays
+
+
+def fold_block(block, c):
+    """
+    One block's arrays: "qkv" and "o", each W with its b, or "o" alone if the layer is uniform;
+    "ffn", or "in" and "up", likewise; "beta" where that is learned; "inverse_t" (H, T, 1) where
+    there is a temperature per position.
+    """
+    arrays = attention_arrays(block, c)
     alpha, beta = ffn_scales(block, c)
     if c.activation == "none":
         arrays["ffn"] = ffn_matrix(block, c)
@@ -187,17 +210,41 @@ def fold_block(block, c):
 
 def fold_block_in_bases(block, c, R, R_next):
     """
-    A softmax-only block's arrays in the bases before and after it: "qkv", "o", maybe "inverse_t".
-    x W = u (R W); x + y o + b_o, then b after W', is u + (y o + b_o) / R + b / R_next.
+    A softmax-only block's arrays in the bases before and after it: "qkv", "o", maybe "inverse_t";
+    or "o" alone. x W = u (R W); x + y o + b_o, then b after W', is
+    u + (y o + b_o) / R + b / R_next.
     """
-    (W, b), (W_o, b_o), inverse_t = fold_attention(block, c)
+    arrays = attention_arrays(block, c)
     inverse = np.linalg.inv(R)
     _, b_ffn = ffn_matrix(block, c)
-    b_o = b_o @ inverse + b_ffn @ np.linalg.inv(R_next)
-    arrays = {"qkv": (R @ W, b), "o": (W_o @ inverse, b_o)}
-    if inverse_t is not None:
-        arrays["inverse_t"] = (inverse_t,)
+    W_o, b_o = arrays["o"]
+    arrays["o"] = W_o @ inverse, b_o @ inverse + b_ffn @ np.linalg.inv(R_next)
+    first = "qkv" if "qkv" in arrays else "o"  # the matrix that x itself, or C x, goes into
+    W, *b = arrays[first]
+    arrays[first] = R @ W, *b
     return named(arrays)
+
+
+RUN = 3  # uniform layers to a product: its matrix is then as large as Q, K and V's, the largest
+
+
+def fold_run(layers):
+    """
+    "o", [N_1; ...; N_m] (m d, d), and "o_b" (d,) of m uniform layers x + C x M_l + b_l in a row:
+
+        X_m = X_0 + [C X_0, ..., C^m X_0] [N_1; ...; N_m] + b
+
+    where N_j sums the products of all j of the M_l in their order, as C and an M commute. layers:
+    [{"o": M_l, "o_b": b_l}].
+    """
+    d = len(layers[0]["o"])
+    N, b = [np.eye(d)], np.zeros(d)
+    for layer in layers:
+        M = layer["o"]
+        longer = [N_j + before @ M for N_j, before in zip([*N[1:], 0.0], N)]  # N_1 and so on
+        N = [N[0], *longer]
+        b = b + b @ M + layer["o_b"]
+    return {"o": np.vstack(N[1:]), "o_b": b}
 
 
 def named(pairs):
@@ -209,7 +256,7 @@ def export(model, dtype=np.float32):
     """
     A trained GPT as named arrays: "wte" (V, d), "wpe" (T, d), "head" (d, V), "head_b" (V,), for
     each block "blocks.0.qkv" and so on, and "basis" (d, d) where a folded model has a final
-    LayerNorm.
+    LayerNorm. Layers that fold_run() made one are named as the last of them.
     """
     c = model.config
     wte = model.wte.weight.detach().double().numpy()
@@ -227,6 +274,10 @@ def export(model, dtype=np.float32):
     else:
         top["head"] = R[-1] @ head
     blocks = [fold_block_in_bases(block, c, *R[i:i + 2]) for i, block in enumerate(model.blocks)]
+    uniform = min(c.uniform_layers, c.n_layer - 1)  # of the last layer one row is made: it is apart
+    for start in range(0, uniform, RUN):
+        run = blocks[start:min(start + RUN, uniform)]
+        blocks[start:start + len(run)] = [{} for _ in run[1:]] + [fold_run(run)]
     return flat(top, blocks, dtype)
 
 

@@ -9,6 +9,7 @@ what each kind of operation costs. The functions are pure; keywords hold what is
 Shapes: T tokens, width d, H heads of d_k = d / H each, V words. w holds a block's weights as
 {name: (W,) or (W, b)}, see weights_of(); f is nonlinear.py's EXACT or SECURE.
 """
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,10 +23,15 @@ HEAD = ("head", "basis", "ln_f")  # the arrays of head() and of plain_head(), as
 # -------------------------------------------------------------------------------------------- model
 def block(op, x, w, c, f, units=(1.0, 1.0)):
     """
-    One block, eq. 1 and 8: x (T, d) -> (T, d). units: of its two LayerNorms, see nonlinear.py.
+    One block, eq. 1 and 8: x (T, d) -> (T, d); or a run of m uniform ones, x + [C x, ..., C^m x]
+    times one secret matrix, see fold_run() in pi_export.py. units: of its two LayerNorms, see
+    nonlinear.py.
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
-    y = attention(op, n, w, c, f)                                                 # (T, d)
+    if "qkv" in w:
+        y = attention(op, n, w, c, f)                                             # (T, d)
+    else:
+        y = op("average", causal_means, n, layers=layers_in(w))                   # (T, m d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (T, d)
     return ffn(op, x, w, c, f, units[1])                                          # (T, d)
 
@@ -36,9 +42,14 @@ def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0)):
     are row_masks(): which row it is stays the client's secret.
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
-    own = op("matmul", jnp.matmul, last, n)                                       # (1, d)
-    x = op("matmul", jnp.matmul, last, x) if c.use_layernorm else own             # (1, d)
-    y = row_attention(op, n, own, last, seen, w, c, f)                            # (1, d)
+    if "qkv" in w:
+        own = op("matmul", jnp.matmul, last, n)                                   # (1, d)
+        x = op("matmul", jnp.matmul, last, x) if c.use_layernorm else own         # (1, d)
+        y = row_attention(op, n, own, last, seen, w, c, f)                        # (1, d)
+    else:
+        y = op("average", causal_means, n, layers=1)                              # (T, d)
+        x = op("matmul", jnp.matmul, last, x)                                     # (1, d)
+        y = op("matmul", jnp.matmul, last, y)                                     # (1, d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (1, d)
     return ffn(op, x, w, c, f, units[1])                                          # (1, d)
 
@@ -113,6 +124,29 @@ def head(op, x, w, c, f, unit=1.0):
 def activation_kind(c):
     """What the cost of the FFN's activation is entered under: its class in torch, such as GELU."""
     return type(ACTIVATIONS[c.activation][1]).__name__
+
+
+# ------------------------------------------------------------------------- heads without a softmax
+def layers_in(w):
+    """How many uniform layers in a row a block's arrays stand for: "o" is (m d, d)."""
+    rows, d = w["o"][0].shape
+    return rows // d
+
+
+def causal_means(x, layers):
+    """
+    [C x, C^2 x, ...], C_ij = 1/i for j <= i: x (T, d) -> (T, layers d). Price: sums are local, a
+    division by a public number is a truncation. Range: 1/i has 18 bits in the engine, so that row i
+    is wrong by i/2^19 of itself, a thousandth at i = 512.
+
+    A prompt is padded at its end: no row up to its last one has padding in its mean, and C doesn't
+    depend on its length.
+    """
+    count = np.arange(1, len(x) + 1)[:, None]
+    means = [x]
+    for _ in range(layers):
+        means.append(jax.lax.associative_scan(jnp.add, means[-1]) / count)
+    return jnp.hstack(means[1:])
 
 
 # ---------------------------------------------------------------------------- matmul and its like
@@ -244,6 +278,11 @@ def weights_of(arrays, *prefixes):
     return paired
 
 
+def layers_of(arrays):
+    """The layers that arrays are of, in order: all, but of a run of uniform ones the last."""
+    return sorted({int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")})
+
+
 def row_masks(row, T):
     """last (1, T), 1 at `row` and 0 elsewhere, and seen (1, T), 1 up to it."""
     last = np.eye(T, dtype=np.float32)[row:row + 1]
@@ -260,7 +299,7 @@ def forward(arrays, c, one_hot, f=EXACT, row=None, units=None):
     T, L = len(one_hot), c.n_layer
     units = units or [1.0] * (2 * L + 1)
     x = one_hot @ arrays["wte"] + arrays["wpe"][:T]                            # (T, d)
-    for i in range(L):
+    for i in layers_of(arrays):
         w = weights_of(arrays, f"blocks.{i}.")
         if "inverse_t" in w:
             w["inverse_t"] = (w["inverse_t"][0][:, :T],)                       # (H, T, 1)

@@ -144,26 +144,46 @@ def is_power_of_two(x):
 
 def check_shapes(c, shapes):
     """Raise ValueError or KeyError unless `shapes` are those of the arrays of the GPTConfig c."""
-    top, of_block = possible_shapes(c)
+    top, _ = possible_shapes(c)
     blocks = {}
     for name, shape in shapes.items():
         if name.startswith("blocks."):
             _, i, part = name.split(".")
-            blocks.setdefault(i, set()).add(part)
-            due = of_block[part]
+            blocks.setdefault(i, {})[part] = shape
         else:
-            due = top[name]
-        if shape != list(due):
-            raise ValueError(f"{name} is {shape} where the configuration has {list(due)}")
-    needed = {"qk", "v", "o"} if "blocks.0.qk" in shapes else {"qkv", "o"}
-    if c.activation != "none" and "qkv" in needed:
-        needed |= {"in", "up"}
-    if blocks.keys() != {str(i) for i in range(c.n_layer)}:
+            check_shape(name, shape, top[name])
+    layers = [i for i in range(c.n_layer) if str(i) in blocks]
+    if len(layers) < len(blocks) or c.n_layer - 1 not in layers:
         raise ValueError(f"the arrays of {len(blocks)} layers where n_layer is {c.n_layer}")
-    if not all(needed <= parts for parts in blocks.values()):
-        raise ValueError("a layer lacks arrays")
+    for before, i in zip([-1, *layers], layers):
+        check_block(c, i, i - before, blocks[str(i)])
     if not {"wte", "wpe", "head"} <= shapes.keys():
         raise ValueError("the embedding or the head is missing")
+
+
+def check_shape(name, shape, due):
+    if shape != list(due):
+        raise ValueError(f"{name} is {shape} where the configuration has {list(due)}")
+
+
+def check_block(c, i, run, parts):
+    """The same of layer i, which stands for `run` layers, those before it that have no arrays."""
+    _, due = possible_shapes(c)
+    plain = "v" in parts
+    needed = {"v", "o"} if plain else {"o"}
+    if c.activation != "none" and not plain:
+        needed |= {"in", "up"}
+    if i < c.uniform_layers:
+        del due["qkv"], due["qk"]
+        due["o"] = run * c.n_embd, c.n_embd
+    else:
+        needed |= {"qk"} if plain else {"qkv"}
+        if run > 1:
+            raise ValueError(f"layer {i - 1} has no arrays")
+    if not needed <= parts.keys():
+        raise ValueError("a layer lacks arrays")
+    for part, shape in parts.items():
+        check_shape(f"blocks.{i}.{part}", shape, due[part])
 
 
 def possible_shapes(c):

@@ -3,12 +3,13 @@ One private forward pass of both parties: the client's prompt embedded, every bl
 result revealed to the client.
 """
 from functools import partial
+from itertools import groupby
 
 import jax.numpy as jnp
 import numpy as np
 
 from model import GPTConfig
-from private.block import HEAD, block, head, last_block, row_masks, weights_of
+from private.block import HEAD, block, head, last_block, layers_of, row_masks, weights_of
 from private.engine import CLIENT, SERVER
 from private.lookup import QUERIES, buckets, queries
 from private.nonlinear import SECURE, secure_argmax
@@ -30,9 +31,9 @@ def infer(engine, public, weights, ids, told=lambda stage, costs: None, layers=0
     One private forward pass. public: public.json's dict; weights: server.npz's arrays on the
     server, embedding.npz's on the client if the embedding is public, else None; ids: the prompt's
     tokens on the client, else None; reveal: "logits" or "token"; layers: how many equal layers to
-    run, 0 for all. The last layer, which makes one row, comes besides (plain's is equal). With
-    fewer layers than all, only two pieces of the embedding are looked up, and the result means
-    nothing.
+    run of each kind, uniform and softmax, 0 for all. The last layer, which makes one row, comes
+    besides (plain's is equal). With fewer layers than all, only two pieces of the embedding are
+    looked up, and the result means nothing.
 
     Returns (result, costs). result, None but on the client: the logits (V,) of the last position,
     or its most likely token, or with every_row the logits (T, V). costs: Engine.costs, of this
@@ -58,19 +59,20 @@ def infer(engine, public, weights, ids, told=lambda stage, costs: None, layers=0
         seen = engine.put((1, T), CLIENT, seen)
 
     one_row = not every_row and not engine.plain  # the last layer makes what a next token needs
-    equal = L - 1 if one_row else L
-    run = equal if whole else layers
-    for i in range(run):
-        not_run = equal - run if i == run - 1 else 0
-        op = partial(engine.op, times=1 + not_run)
-        if engine.plain:
-            x = plain_block(op, x, put(f"blocks.{i}."), c)                      # (T, d)
-        else:
-            x = block(op, x, put(f"blocks.{i}."), c, SECURE, units[2 * i:2 * i + 2])  # (T, d)
-        told(f"layer {i + 1}/{L}", costs)
+    inner = [i for i in layers_of(public["shapes"]) if i < L - 1 or not one_row]
+    for equal in equal_layers(public["shapes"], inner):
+        run = equal if whole else equal[:layers]
+        for i in run:
+            not_run = len(equal) - len(run) if i == run[-1] else 0
+            op = partial(engine.op, times=1 + not_run)
+            if engine.plain:
+                x = plain_block(op, x, put(f"blocks.{i}."), c)                  # (T, d)
+            else:
+                x = block(op, x, put(f"blocks.{i}."), c, SECURE, units[2 * i:2 * i + 2])  # (T, d)
+            told(f"layer {i + 1}/{L}", costs)
     if one_row:
-        x = last_block(engine.op, x, last, seen, put(f"blocks.{equal}."), c, SECURE,
-                       units[2 * equal:2 * equal + 2])                          # (1, d)
+        x = last_block(engine.op, x, last, seen, put(f"blocks.{L - 1}."), c, SECURE,
+                       units[2 * L - 2:2 * L])                                  # (1, d)
         told(f"layer {L}/{L}", costs)
     elif not every_row:
         x = engine.op("head", jnp.matmul, last, x)                              # (1, d)
@@ -86,6 +88,15 @@ def infer(engine, public, weights, ids, told=lambda stage, costs: None, layers=0
     if client and not every_row:
         result = result[0]
     return result, costs
+
+
+def equal_layers(shapes, layers):
+    """The layers in groups of neighbours whose arrays have the same shapes, and so one price."""
+    def arrays_of(i):
+        mine = f"blocks.{i}."
+        return {name.removeprefix(mine): s for name, s in shapes.items() if name.startswith(mine)}
+
+    return [list(group) for _, group in groupby(layers, arrays_of)]
 
 
 def put_weights(engine, shapes, weights, *prefixes):

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model import UniformAttention
 from pi_export import flat, gain_and_shift, matrix, named
-from private.block import activation_kind, add_linear, join_heads, linear, logits
+from private.block import (activation_kind, add_linear, causal_means, join_heads, linear, logits)
 from private.nonlinear import EXACT
 
 
@@ -21,13 +22,15 @@ def plain_export(model, dtype=np.float32):
     c = model.config
 
     def plain_block_arrays(block):
-        arrays = {name: matrix(getattr(block.attn, name)) for name in ("qk", "v", "o")}
+        uniform = isinstance(block.attn, UniformAttention)
+        names = ("v", "o") if uniform else ("qk", "v", "o")
+        arrays = {name: matrix(getattr(block.attn, name)) for name in names}
         for name in ["w_ffn"] if c.fuse_ffn else ["w_in", "w_out"]:
             arrays[name] = matrix(getattr(block.ffn, name))
         if c.use_layernorm:
             arrays["ln_1"] = gain_and_shift(block.ln_1)
             arrays["ln_2"] = gain_and_shift(block.ln_2)
-        if c.learnable_temperature:
+        if c.learnable_temperature and not uniform:
             arrays["inverse_t"] = (1 / block.attn.temperature.detach().numpy()[:, :, None],)
         if c.learnable_ffn_scale:
             arrays["inverse_alpha"] = (np.array(1 / block.alpha.item()),)
@@ -44,12 +47,15 @@ def plain_export(model, dtype=np.float32):
 def plain_block(op, x, w, c):
     """One block, eq. 1 and 8, over plain_export()'s arrays: x (T, d) -> (T, d)."""
     n = op("LayerNorm", layer_norm, x, *w["ln_1"]) if c.use_layernorm else x   # (T, d)
-    qk = op("matmul", linear, n, *w["qk"])                                     # (T, 2 d)
     v = op("matmul", linear, n, *w["v"])                                       # (T, d)
-    inverse_t = w["inverse_t"] if c.learnable_temperature else ()
-    s = op("matmul", plain_scores, qk, *inverse_t, n_head=c.n_head)            # (H, T, T)
-    a = op("softmax", plain_softmax, s)                                        # (H, T, T)
-    y = op("matmul", plain_mix, a, v)                                          # (T, d)
+    if "qk" in w:
+        qk = op("matmul", linear, n, *w["qk"])                                 # (T, 2 d)
+        inverse_t = w["inverse_t"] if c.learnable_temperature else ()
+        s = op("matmul", plain_scores, qk, *inverse_t, n_head=c.n_head)        # (H, T, T)
+        a = op("softmax", plain_softmax, s)                                    # (H, T, T)
+        y = op("matmul", plain_mix, a, v)                                      # (T, d)
+    else:
+        y = op("average", causal_means, v, layers=1)                           # (T, d)
     x = op("matmul", add_linear, x, y, *w["o"])                                # (T, d)
     h = op("LayerNorm", layer_norm, x, *w["ln_2"]) if c.use_layernorm else x   # (T, d)
     if c.fuse_ffn:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from private.block import HEAD, block, head, last_block, logits, row_masks, weights_of
+from private.block import (HEAD, block, head, last_block, layers_of, logits, row_masks,
+                           weights_of)
 from private.files import PRODUCT, check_weights
 from private.nonlinear import CENTRE, EPSILON, EXACT
 
@@ -37,7 +38,7 @@ def check_range(c, arrays, text=None):
     to 2^-18 after every step hardly changes the logits. Errors of nonlinear.py's forms don't count.
     """
     check_weights(arrays)
-    if "blocks.0.qkv" not in arrays:  # plain.py's, whose formulas have ranges of their own
+    if "blocks.0.v" in arrays:  # plain.py's, whose formulas have ranges of their own
         return [1.0] * (2 * c.n_layer + 1)
     watch = Watch(c.n_layer)
     with jax.experimental.enable_x64():
@@ -120,7 +121,7 @@ def follow(watch, c, arrays, contexts):
     wpe = both(arrays["wpe"])
     last, seen = (both(mask) for mask in row_masks(c.block_size - 1, c.block_size))
     xs = [embedded(ids) for ids in contexts]
-    for i in range(c.n_layer):
+    for i in layers_of(arrays):
         watch.enter(f"layer {i + 1}", 2 * i)
         w = weights(f"blocks.{i}.")
         if i == c.n_layer - 1:
