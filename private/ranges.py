@@ -54,6 +54,10 @@ class Both(NamedTuple):
     exact: jax.Array
     rounded: jax.Array
 
+    @property
+    def shape(self):
+        return self.exact.shape
+
 
 class Watch:
     """The op() of a pass in the clear over values of Both: notes how far each step's numbers go."""
