@@ -156,6 +156,27 @@ def test_architectures(protocol, archs, network, layers, tmp_path):
     assert all(("bytes_tcp" in r) == (network != "none") for r in results)
 
 
+def test_heads_that_average_need_no_softmax(tmp_path):
+    """Two of three layers: the logits of the clear by one of three softmaxes, for a prompt of 5."""
+    (r,), _ = results_of(tmp_path, "--archs=sm_t_scfuffn", "--protocol=semi2k", *TINY,
+                         "--n_layer=3", "--uniform_layers=2", "--prompt_ids=7,3,99,42,7")
+    assert r["arch"] == "SM(t)+ScFuFFN, 2 uniform layers"
+    assert r["nonlinear_ops"] == {"SM": "2 x 16x16"}
+    assert r["token"] == r["plain_token"]
+    assert r["max_abs_err"] < 2e-3
+    assert r["bytes_by_kind"]["average"] > 0
+
+
+def test_uniform_layers_are_measured_by_their_own(tmp_path):
+    """Beside LayerNorm and GELU; one layer of either kind, and the last, stand for six."""
+    totals = []
+    for layers in (0, 1):
+        (r,), _ = results_of(tmp_path, "--archs=sm_ln_g", "--protocol=semi2k", *TINY,
+                             "--n_layer=6", "--uniform_layers=3", f"--measure_layers={layers}")
+        totals.append(r["bytes_total"])
+    assert totals[0] == totals[1]
+
+
 def test_one_layer_stands_for_the_rest(tmp_path):
     """Layers cost the same. semi2k has no one-off extensions, which would blur that."""
     totals = []
@@ -471,6 +492,7 @@ NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,
     (["--ckpt=nowhere.pt"], 1, "no checkpoint at nowhere.pt"),
     (["--archs=sm_lng"], 2, "no architecture 'sm_lng'"),
     (["--archs=sm_ln_g", "--n_head=5"], 2, "cannot be split"),
+    (["--archs=sm_ln_g", "--uniform_layers=13"], 2, "at most n_layer=12, and is 13"),
     (["--archs=sm_ln_g", "--prompt=def"], 2, "--prompt needs a tokenizer"),
     (["--archs=sm_ln_g", *TINY, "--prompt_ids=100"], 1, "outside the model's vocabulary of 100"),
     (["--archs=sm_ln_g", *TINY, "--measure_layers=1", "--embedding=public"], 1, SECOND_LAYER),

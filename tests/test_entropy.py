@@ -14,8 +14,9 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from entropy import (  # noqa: E402
-    EntropyRegularizer, attention_entropy, attention_with_entropy, causal_block_mask,
-    explicit_attention_with_entropy, max_causal_entropy, max_entropy, quartile_distribution)
+    EntropyRegularizer, attention_entropy, attention_with_entropy, causal_average,
+    causal_block_mask, distance_from_average, explicit_attention_with_entropy, max_causal_entropy,
+    max_entropy, quartile_distribution)
 
 L, B, H, T, D = 3, 2, 4, 16, 8
 UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -45,6 +46,18 @@ def test_uniform_causal_rows_reach_the_papers_observed_maximum():
     assert attention_entropy(uniform).mean() == pytest.approx(max_causal_entropy(128), abs=1e-5)
     assert max_causal_entropy(128) == pytest.approx(3.87, abs=0.01)
     assert max_entropy(128) == pytest.approx(4.85, abs=0.01)
+
+
+def test_distance_from_the_average():
+    """By a loop; none from itself; all but 1/i from a row that sees one key; Pinsker's bound."""
+    C, i = causal_average(T), torch.arange(1, T + 1)
+    assert torch.allclose(distance_from_average(C), torch.zeros(T))
+    assert torch.allclose(distance_from_average(torch.eye(T)), 1 - 1 / i)
+    A = attention()
+    distance = distance_from_average(A)
+    row = A[1, 2, 8]
+    assert distance[1, 2, 8].item() == pytest.approx(sum(max(0, 1 / 9 - a) for a in row[:9]))
+    assert (distance <= ((i.log() - attention_entropy(A)) / 2).clamp(min=0).sqrt() + 1e-4).all()
 
 
 def test_equation_7_is_equation_10():

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from model import ACTIVATIONS, GPT, NORM_PLACES, NORMS, GPTConfig, load_checkpoint, save_checkpoint
+from model import (ACTIVATIONS, GPT, NORM_PLACES, NORMS, GPTConfig, causal_mean, load_checkpoint,
+                   save_checkpoint)
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8)
 SM = dict(use_layernorm=False, use_gelu=False)
@@ -67,15 +68,19 @@ def by_the_equations(model, idx):
     entropies = []
     for block in model.blocks:
         h = ln(block.ln_1, x)
-        Q, K = (h @ block.attn.qk.weight.T + block.attn.qk.bias).split(c.n_embd, -1)
+        uniform = block in model.blocks[:c.uniform_layers]
+        if not uniform:
+            Q, K = (h @ block.attn.qk.weight.T + block.attn.qk.bias).split(c.n_embd, -1)
         V, heads = h @ block.attn.v.weight.T, []
         for head in range(c.n_head):
             cut = slice(head * d_k, (head + 1) * d_k)
             out, ent = [], []
             for i in range(T):
-                scale = temperature(block, head, i) * math.sqrt(d_k)
-                z = torch.stack([Q[i, cut] @ K[j, cut] / scale for j in range(i + 1)])
-                A = F.softmax(z, 0)
+                A = torch.full((i + 1,), 1 / (i + 1), dtype=torch.float64)
+                if not uniform:
+                    scale = temperature(block, head, i) * math.sqrt(d_k)
+                    z = torch.stack([Q[i, cut] @ K[j, cut] / scale for j in range(i + 1)])
+                    A = F.softmax(z, 0)
                 out.append(sum(A[j] * V[j, cut] for j in range(i + 1)))
                 ent.append(-torch.xlogy(A, A).sum())
             heads.append(torch.stack(out))
@@ -106,6 +111,26 @@ def test_every_architecture_is_its_equations(name, final_layernorm):
     fast, none, no_entropy = model(idx)  # scaled_dot_product_attention
     assert none is None and no_entropy is None and torch.allclose(fast, logits, atol=1e-9)
     assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), idx.flatten()).item())
+
+
+@pytest.mark.parametrize("name", ["SM+LN+G", "SM(t)+ScFuFFN"])
+def test_uniform_layers_average(name):
+    """C X by loops, log i nats in row i; no Q, K or temperature; the layers after are as ever."""
+    idx = tokens(T=7)
+    model = build(**ARCHITECTURES[name], uniform_layers=1)
+    assert model.config.name == name + ", 1 uniform layer"
+    logits, _, entropy = model(idx, return_entropy=True)
+    wanted, wanted_entropy = by_the_equations(model, idx[0])
+    assert torch.allclose(logits[0], wanted, atol=1e-9)
+    assert torch.allclose(entropy[:, 0], wanted_entropy, atol=1e-7)
+    assert entropy[0].mean().item() == pytest.approx(math.lgamma(8) / 7)  # log(T!)/T
+    assert torch.allclose(model(idx)[0], logits, atol=1e-9)
+    assert {n.split(".")[0] for n, _ in model.blocks[0].attn.named_parameters()} == {"v", "o"}
+
+
+def test_uniform_layers_are_summed_in_float32():
+    """Ones in bfloat16, which has no 257: a sum of 300 of them would end at 256."""
+    assert (causal_mean(torch.ones(1, 300, 1, dtype=torch.bfloat16)) == 1).all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -150,6 +175,9 @@ def test_an_activation_of_your_own_is_a_flag_and_an_entry(monkeypatch):
     (dict(weight_norm="mlp"), "weight_norm must be one of none, qk, ffn"),
     (dict(weight_norm="ffn", spectral_norm="qk"), "choose one"),
     (dict(sigma_reparam="ffn", spectral_norm="qk"), "choose one"),
+    (dict(uniform_layers=7), "uniform_layers must be at least 0 and at most n_layer=6, and is 7"),
+    (dict(uniform_layers=-1), "uniform_layers must be at least 0"),
+    (dict(uniform_layers=True), "uniform_layers must be int"),
 ])
 def test_contradictions_are_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -272,8 +300,24 @@ def test_counts_are_the_published_tables(L, T, ffn, fused, attn):
         assert flops == pytest.approx({"ffn": ffn_flops, "attn": attn}, abs=0.053)
 
 
+def test_counts_with_uniform_layers():
+    """No softmax, Q K^T or Q and K with its bias, half of the matrices, a sum and a division."""
+    L, k, T, d = 12, 5, 128, 768
+    with torch.device("meta"):
+        whole, model = (GPT(GPTConfig(**BASE, **SCALED, learnable_temperature=True,
+                                      uniform_layers=layers)) for layers in (0, k))
+    assert model.nonlinear_ops() == {"SM": ((L - k) * 12, (T, T))}
+    of_one = whole.flops()["attn"] // L
+    assert model.flops() == {"ffn": whole.flops()["ffn"],
+                             "attn": (L - k) * of_one + k * (4 * T * d * d + 2 * T * d)}
+    fewer = k * (2 * d * d + 2 * d + 12 * T)
+    parameters, left = (sum(p.numel() for p in m.parameters()) for m in (whole, model))
+    assert left == parameters - fewer
+
+
 @pytest.mark.parametrize("flags", [{}, dict(learnable_temperature=True, temperature_init=0.5),
-                                   dict(learnable_temperature=True, temperature_per_head=True)])
+                                   dict(learnable_temperature=True, temperature_per_head=True),
+                                   dict(uniform_layers=1), dict(uniform_layers=2)])
 def test_cached_keys_and_values_give_the_same_text(flags):
     """Within block_size and past it, where the context is the last block_size tokens."""
     model, prompt = build(**flags), tokens(B=2, T=5)

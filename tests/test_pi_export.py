@@ -12,9 +12,11 @@ jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 from pi_export import export  # noqa: E402
 from private.block import (  # noqa: E402
-    HEAD, WORDS, block, ffn, forward, head, last_block, linear, logits, now, row_masks, weights_of)
-from private.files import load_weights  # noqa: E402
+    HEAD, WORDS, block, ffn, forward, head, last_block, layers_of, linear, logits, now, row_masks,
+    weights_of)
+from private.files import check_shapes, load_weights  # noqa: E402
 from private.nonlinear import EXACT, SECURE  # noqa: E402
+from private.infer import equal_layers  # noqa: E402
 from private.plain import plain_block, plain_export, plain_head  # noqa: E402
 
 VARIANTS = {
@@ -27,6 +29,12 @@ VARIANTS = {
     "SM+G, no ln_f": dict(ARCHITECTURES["SM+G"], final_layernorm=False),
     "SM+LN+ScFuFFN": dict(use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True),
     "SM+R+ScFFN": dict(ARCHITECTURES["SM+R"], learnable_ffn_scale=True),
+    "1 uniform": dict(ARCHITECTURES["SM(t)+ScFuFFN"], uniform_layers=1),
+    "all uniform": dict(ARCHITECTURES["SM+ScFuFFN"], uniform_layers=2, bias=True),
+    "5 uniform": dict(ARCHITECTURES["SM+ScFuFFN"], n_layer=6, uniform_layers=5, bias=True),
+    "LN, 1 uniform": dict(uniform_layers=1, bias=True),
+    "LN, all uniform": dict(uniform_layers=2),
+    "G, 1 uniform": dict(ARCHITECTURES["SM+G"], uniform_layers=1),
 }
 
 
@@ -121,6 +129,30 @@ def test_what_else_a_block_may_hold():
     assert per_position["inverse_t"] == [(2, 16, 1)]
     linear_ffn = {"qkv": [(8, 24), (24,)], "o": [(8, 8), (8,)], "ffn": [(8, 8), (8,)]}
     assert shapes_of_block("SM+LN") == linear_ffn
+
+
+def test_uniform_layers_in_a_row_are_one_product():
+    """Up to RUN of them, whose matrix is as large as Q, K and V's; the last layer stays apart."""
+    shapes = {k: list(a.shape) for k, a in export(build(**VARIANTS["5 uniform"])).items()}
+    assert layers_of(shapes) == [2, 4, 5]
+    assert shapes["blocks.2.o"] == [24, 8] and shapes["blocks.4.o"] == [16, 8]
+    assert "blocks.4.qkv" not in shapes and shapes["blocks.5.qkv"] == [8, 24]
+    c = build(**VARIANTS["5 uniform"]).config
+    check_shapes(c, shapes)
+    assert equal_layers(shapes, [2, 4]) == [[2], [4]]
+    for name, shape in (("blocks.2.o", [8, 8]), ("blocks.2.qkv", [8, 24])):
+        with pytest.raises((ValueError, KeyError)):
+            check_shapes(c, shapes | {name: shape})
+    fewer = {name: shape for name, shape in shapes.items() if not name.startswith("blocks.4")}
+    with pytest.raises(ValueError, match="layer 4 has no arrays"):
+        check_shapes(c, fewer)
+
+
+def test_layers_are_equal_by_their_shapes():
+    """Uniform layers beside a LayerNorm, and those with a softmax, each have their own price."""
+    arrays = export(build(n_layer=5, uniform_layers=2))
+    shapes = {k: list(a.shape) for k, a in arrays.items()}
+    assert equal_layers(shapes, [0, 1, 2, 3]) == [[0, 1], [2, 3]]
 
 
 def shapes_of_block(name):

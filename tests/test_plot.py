@@ -10,7 +10,7 @@ from test_sample import byte_tokenizer
 from data.dataset import hash_bins, map_bins
 from entropy import attention_entropy, max_causal_entropy
 from model import GPT, GPTConfig
-from plot import aligned, describe, diagnosis, draw, read_log
+from plot import aligned, averaging, describe, diagnosis, draw, measure, read_log
 from pretrained import open_pretrained
 
 SMALL = ["--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32",
@@ -55,6 +55,7 @@ def is_a_picture(path):
 
 @pytest.mark.parametrize("arguments, status, sentence", [
     (["--out_dir=nowhere"], 1, "no checkpoint at nowhere/ckpt.pt"),
+    (["--tolerance=2"], 2, "tolerance must be at least 0 and at most 1"),
     (["--windows=-1"], 2, "windows must be at least 1"),
     (["--out_dir={0}", "--png=nowhere/a.png"], 2, "png must be a .png in a folder that exists"),
     (["--out_dir={0}", "--png={0}/folder.png"], 1, "folder.png"),
@@ -128,6 +129,34 @@ def test_heads_are_counted_as_in_the_paper():
                         "3 within 5% of a causal head's maximum, 3.88")
     assert collapse == ("entropy collapse: 3 of 12 heads (25%) in the bottom quarter, 0 to 0.95 "
                         "nats; half or more of layer 2")
+
+
+def test_first_layers_that_average_are_named(tmp_path):
+    """Q and K of 0 make the average: of layer 0 whole, of a head of layer 1 behind another."""
+    torch.manual_seed(0)
+    model = untrained(use_layernorm=False)
+    with torch.no_grad():
+        for i in (0, 1):
+            Q_and_K = model.blocks[i].attn.qk
+            Q_and_K.bias.zero_()
+            Q_and_K.weight.mul_(0 if i == 0 else 1000)
+        Q_and_K.weight[4:8] = 0  # the second head's of four
+        model.blocks[2].attn.qk.weight.mul_(1000)
+    tokens = torch.randint(0, 50, (512,)).numpy()
+    entropy, first, distance = measure(model, tokens, 4)
+    run = describe("SM", model, entropy) | {"distance": distance.tolist(), "uniform_layers": 0}
+    assert averaging(run, 0.05) == (
+        "averaging: 5 of 12 heads within 5% of 3.88 nats, in layers 0 (all), 1 (1), 0.00 to 0.00 "
+        "of their weight elsewhere than the average's; --uniform_layers=1 would save 4 of 12 "
+        "softmaxes")
+    converted = untrained(use_layernorm=False, uniform_layers=1)
+    converted.load_state_dict(model.state_dict(), strict=False)
+    entropy_after, first_after, distance_after = measure(converted, tokens, 4)
+    for before, after in ((entropy, entropy_after), (first, first_after),
+                          (distance, distance_after)):
+        assert torch.allclose(before, after, atol=1e-4)
+    run |= {"uniform_layers": 1}
+    assert averaging(run, 0.05).endswith("--uniform_layers=1 is all that the first layers allow")
 
 
 def test_a_diverged_model_is_refused():

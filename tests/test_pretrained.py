@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_gpt2 import gpt2_file
 from test_train import TINY, content, of_kind, records
 
+from entropy import EntropyRegularizer
 from model import GPT, GPTConfig
 from pretrained import open_pretrained, start_from
 
@@ -65,6 +66,22 @@ def test_parts_go_and_scalars_come(was, flags, says):
     for name, tensor in ours.state_dict().items():
         if name in theirs["model"]:
             assert torch.equal(tensor, theirs["model"][name])
+
+
+def test_softmaxes_are_taken_from_the_first_layers():
+    """The other layers' matrices, temperatures and thresholds stay; a softmax can't come back."""
+    theirs, _ = source(learnable_temperature=True)
+    theirs["regularizer"] = {"threshold": torch.tensor([[0.1, 0.2], [0.3, 0.4]])}
+    model = GPT(GPTConfig(**SMALL, learnable_temperature=True, uniform_layers=1))
+    regularizer = EntropyRegularizer(1, 2)
+    said = start_from(theirs, model, regularizer)
+    assert said.endswith("without attn.log_temperature, attn.qk.bias, attn.qk.weight")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, theirs["model"][name])
+    assert torch.equal(regularizer.threshold, torch.tensor([[0.3, 0.4]]))
+    theirs, _ = source(uniform_layers=1)
+    with pytest.raises(ValueError, match="it has no blocks.0.attn.qk.weight: flags can take"):
+        started(theirs, uniform_layers=0)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -1,5 +1,6 @@
 """train.py as a user runs it: real runs on real (small) data, and every way a run can go wrong."""
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT, refusals, run
 
 from data.dataset import hash_bins, map_bins
+from entropy import max_causal_entropy
 
 TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32",
         "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False",
@@ -113,6 +115,23 @@ def test_entropy_regularization_is_trained(data_dir, tmp_path):
     learned = weights(tmp_path)
     assert (learned["threshold"] != 0.5).all()
     assert (learned["blocks.0.attn.log_temperature"] != np.log(1e-2)).any()
+
+
+def test_uniform_layers_are_left_out_of_the_regularizer(data_dir, tmp_path):
+    """
+    Nothing is penalised at thresholds of 0, temperatures that make rows nearly one-hot, and a wide
+    margin, though the first layer's entropies are beyond it.
+    """
+    run("train.py", *EREG, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=1",
+        "--uniform_layers=1", "--temperature_init=1e-6", "--threshold_init=0", "--gamma=0.8",
+        "--log_interval=1", "--plot=True")
+    entropies = of_kind("eval", tmp_path)[0]["head_entropy"]
+    assert entropies[0] == pytest.approx([max_causal_entropy(32)] * 2, abs=1e-3)
+    assert max(entropies[1]) < 0.8 * math.log(32) < math.log(31)
+    assert of_kind("step", tmp_path)[0]["entropy_term"] == 0
+    assert content(tmp_path)["regularizer"]["threshold"].shape == (1, 2)
+    assert records(tmp_path)[-1]["arch"] == "EReg(SM(t)+ScFuFFN, 1 uniform layer)"
+    assert (tmp_path / "entropy.png").exists()
 
 
 @pytest.mark.parametrize("arch", ["ereg_sm_t_scfuffn", "sm_snorm_ffn"])  # thresholds; buffers
@@ -289,6 +308,8 @@ MISTAKES = [
     (["--n_layer=three"], 2, "n_layer must be int"),
     (["config/sm_scfuffn.py", "--use_gelu=True"], 2, "fuse_ffn needs an FFN without activation"),
     (["--n_embd=50", "--n_head=3"], 2, "cannot be split"),
+    (["--uniform_layers=3"], 2, "uniform_layers must be at least 0 and at most n_layer=2"),
+    (["--uniform_layers=2", "--entropy_reg=True"], 2, "leave one to softmax, --uniform_layers=1"),
     (["--lr_decay=step"], 2, "lr_decay must be one of 'linear', 'cosine'"),
     (["--reduction=max"], 2, "reduction must be one of"),
     (["--batch_size=0"], 2, "batch_size must be at least 1"),
