@@ -162,26 +162,26 @@ def diagnosis(run):
 def averaging(run, tolerance):
     """
     A sentence on the heads whose mean entropy lacks at most `tolerance`, a share, of the causal
-    maximum: which they are, how far their attention is from the average (mean total variation
-    distance), and the flag for those first layers that have no other heads, with what it saves.
+    maximum: which they are, how far the layers are from the average (mean total variation distance
+    of their attention), and the flag for those first layers that have no other heads, with what it
+    saves.
     """
     most, already = run["max_causal_entropy"], run["uniform_layers"]
     near = np.array(run["head_entropy"]) >= (1 - tolerance) * most - 1e-5  # (L, H)
     L, H = near.shape
-    found = f"averaging: {near.sum()} of {L * H} heads within {tolerance:.0%} of {most:.2f} nats"
-    if near.any():
-        layers = []
-        for l in np.flatnonzero(near.any(1)):
-            heads = "all" if near[l].all() else " ".join(map(str, np.flatnonzero(near[l])))
-            layers.append(f"{l} ({heads})")
-        far = np.array(run["distance"])[near]
-        found += (f", in layers {', '.join(layers)}, {far.min():.2f} to {far.max():.2f} of their "
-                  "weight elsewhere than the average's")
+    layers = []
+    for l in np.flatnonzero(near.any(1)):
+        heads = "all" if near[l].all() else " ".join(map(str, np.flatnonzero(near[l])))
+        layers.append(f"layer {l}: {heads}")
+    where = f" ({', '.join(layers)})" if layers else ""
+    distances = " ".join(f"{distance:.2f}" for distance in np.mean(run["distance"], 1))
     k = int(np.argmin([*near.all(1), False]))  # how many first layers have no other heads
     saved = (k - already) * H
+    advice = f"--uniform_layers={k} would save {saved} of {(L - already) * H} softmaxes"
     if saved == 0:
-        return f"{found}; --uniform_layers={k} is all that the first layers allow"
-    return f"{found}; --uniform_layers={k} would save {saved} of {(L - already) * H} softmaxes"
+        advice = "no further first layer could do without softmax"
+    return (f"averaging: {near.sum()} of {L * H} heads within {tolerance:.0%} of {most:.2f} nats"
+            f"{where}, distance from the average by layer {distances}; {advice}")
 
 
 def aligned(rows, left=(0,)):
