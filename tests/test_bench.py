@@ -1,4 +1,4 @@
-"""bench.py: every case is timed and told; what the numbers are is the machine's affair."""
+"""bench.py, experiments/nanogpt.py: every case is timed and told; what the numbers are is the machine's affair."""
 import json
 
 import pytest
@@ -35,3 +35,32 @@ def test_every_case_is_timed(tmp_path):
 def test_one_line_says_what_is_wrong(argument, line):
     out = run("bench.py", argument, status=2)
     assert out.startswith("error: ") and line in out and out.count("\n") == 1
+
+
+STAND_IN = """
+nullcontext, device_type = int, 'cpu'
+ctx = nullcontext() if device_type == 'cpu' else 20
+for i in range(12):
+    print(f"iter {i}: loss 1.0000, time {40 - ctx:.2f}ms, mfu -100.00%")
+"""
+
+
+def test_nanogpt_is_compared_run_by_run(data_dir, tmp_path):
+    """By a script that prints what nanoGPT's prints, and takes 20 ms less under autocast."""
+    (tmp_path / "train.py").write_text(STAND_IN)
+    out = run("experiments/nanogpt.py", f"--nanogpt={tmp_path}", f"--json={tmp_path / 'r.json'}",
+              f"--data_dir={data_dir}", "--dataset=mine", "--dtypes=float32", "--rounds=1",
+              "--steps=12", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32")
+    told = json.loads((tmp_path / "r.json").read_text())
+    ours, plain, autocast = (row["tokens_per_s"] for row in told["runs"])
+    assert (plain, autocast) == pytest.approx((8 * 32 / 0.04, 8 * 32 / 0.02))
+    assert told["train.py, float32 over"] == pytest.approx(
+        {"nanoGPT, float32": ours / plain, "nanoGPT, bfloat16 autocast": ours / autocast})
+    assert "float32 matmuls" in told["runs"][0]["machine"]
+    assert f"is {ours / plain:.2f} times as fast as nanoGPT, float32" in out
+    assert str(tmp_path) not in json.dumps(told["commands"])
+
+
+def test_what_is_no_clone_of_nanogpt_is_named(tmp_path):
+    out = run("experiments/nanogpt.py", f"--nanogpt={tmp_path}", status=2)
+    assert f"nanogpt must be a clone of nanoGPT: can't read {tmp_path}/train.py" in out
