@@ -32,8 +32,8 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx, A, eps):
         ctx.save_for_backward(A)
         ctx.eps = eps
-        # The sum exceeds 0 by eps in a one-hot row, whose entropy is 0.
-        return -(A + eps).log_().mul_(A).sum(-1).clamp_(max=0)
+        # The sum exceeds 0 by eps in a one-hot row, and -log T by rounding in a uniform one.
+        return -(A + eps).log_().mul_(A).sum(-1).clamp_(-math.log(A.shape[-1]), 0)
 
     @staticmethod
     def backward(ctx, grad):
@@ -68,9 +68,14 @@ def explicit_attention_with_entropy(q, k, v):
     return A @ v, attention_entropy(A)  # (B, H, T, d_k), (B, H, T)
 
 
+ROWS = 128  # queries that _AttentionWithEntropy handles at a time
+
+
 class _AttentionWithEntropy(torch.autograd.Function):
     """
-    attention_with_entropy() of q / sqrt(d_k), k and v, each (N, T, d_k). Of T x T it keeps A alone.
+    attention_with_entropy() of q / sqrt(d_k), k and v, each (N, T, d_k). It takes R = ROWS queries
+    at a time, with the S keys that the last of them sees: blocks above the diagonal are neither
+    computed nor kept, and A is all that is kept of T x T.
 
     The gradient is written by hand because autograd passes twice as often over T x T tensors. With
     g = dL/dy and h = dL/dH, the entropy only makes one of its products twice as wide:
@@ -84,31 +89,46 @@ class _AttentionWithEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        T = q.shape[-2]
+        wide_k, wide_v = k.to(q.dtype), v.to(q.dtype)
+        y, entropy, weights = torch.empty_like(v), q.new_empty(q.shape[:-1]), []
         # The mask is finite, so that A s is 0 and not NaN where A is 0.
         mask = torch.finfo(q.dtype).min / 2
-        future = torch.full((T, T), mask, dtype=q.dtype, device=q.device).triu_(1)
-        s = (q @ k.to(q.dtype).mT).add_(future)  # (N, T, T)
-        s.sub_(s.amax(-1, keepdim=True))
-        A = F.softmax(s, dim=-1)                 # (N, T, T)
-        ctx.save_for_backward(q.to(v.dtype), k, v, A)
-        y = (A @ v.to(q.dtype)).to(v.dtype)      # (N, T, d_k)
-        # With logits of at most 0 both terms of eq. 10 are positive and cannot cancel. The largest
-        # weight is exp(0 - logsumexp), so that the logsumexp is -log of it.
-        entropy = -A.amax(-1).log() - s.mul_(A).sum(-1)  # (N, T)
+        future = torch.full((ROWS, ROWS), mask, dtype=q.dtype, device=q.device).triu_(1)
+        for i in range(0, q.shape[-2], ROWS):
+            rows, seen = slice(i, i + ROWS), slice(i + ROWS)
+            s = q[:, rows] @ wide_k[:, seen].mT  # (N, R, S)
+            own = s[..., i:]                     # (N, R, R), where the diagonal is
+            own.add_(future[:own.shape[-2], :own.shape[-1]])
+            s.sub_(s.amax(-1, keepdim=True))
+            A = F.softmax(s, dim=-1)             # (N, R, S)
+            y[:, rows] = A @ wide_v[:, seen]
+            # With logits of at most 0 both terms of eq. 10 are positive and cannot cancel. The
+            # largest weight is exp(0 - logsumexp), so that the logsumexp is -log of it.
+            entropy[:, rows] = -A.amax(-1).log() - s.mul_(A).sum(-1)
+            weights.append(A)
+        ctx.save_for_backward(q.to(v.dtype), k, v, *weights)
         return y, entropy
 
     @staticmethod
     def backward(ctx, g, h):
+        # once_differentiable() would let create_graph pass where g and h are constants, and a
+        # second derivative then lacks this function's part without a word.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # as create_graph has it
             raise RuntimeError("attention_with_entropy() has first derivatives only: "
                                "take explicit_attention_with_entropy() for a second one")
-        q, k, v, A = ctx.saved_tensors
+        q, k, v, *weights = ctx.saved_tensors
         g_and_hq = torch.cat((g, (q * -h[..., None]).to(g.dtype)), -1)  # (N, T, 2 d_k)
-        dA = g_and_hq @ torch.cat((v, k), -1).mT                        # (N, T, T)
-        # softmax's backward, A (dA - sum_j A dA), in one pass
-        ds = torch._softmax_backward_data(dA.to(A.dtype), A, -1, A.dtype).to(v.dtype)
-        return (ds @ k).to(A.dtype), ds.mT @ q, A.to(v.dtype).mT @ g
+        v_and_k = torch.cat((v, k), -1)                                 # (N, T, 2 d_k)
+        dq, dk, dv = (torch.zeros_like(q, dtype=h.dtype) for _ in range(3))
+        for i, A in zip(range(0, q.shape[-2], ROWS), weights):
+            rows, seen = slice(i, i + ROWS), slice(i + ROWS)
+            dA = g_and_hq[:, rows] @ v_and_k[:, seen].mT  # (N, R, S)
+            # softmax's backward, A (dA - sum_j A dA), in one pass
+            ds = torch._softmax_backward_data(dA.to(A.dtype), A, -1, A.dtype).to(v.dtype)
+            dq[:, rows] = ds @ k[:, seen]
+            dk[:, seen] += ds.mT @ q[:, rows]
+            dv[:, seen] += A.to(v.dtype).mT @ g[:, rows]
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def attention_with_entropy(q, k, v, block_mask=None):
