@@ -68,7 +68,7 @@ def explicit_attention_with_entropy(q, k, v):
     return A @ v, attention_entropy(A)  # (B, H, T, d_k), (B, H, T)
 
 
-ROWS = 128  # queries that _AttentionWithEntropy handles at a time
+ROWS = 64  # queries that _AttentionWithEntropy handles at a time
 
 
 class _AttentionWithEntropy(torch.autograd.Function):

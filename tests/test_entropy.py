@@ -126,7 +126,7 @@ def forms(T, monkeypatch):
 
 
 @UNCOMPILED
-@pytest.mark.parametrize("T", [16, 200])  # 200: no multiple of either form's blocks of 128
+@pytest.mark.parametrize("T", [16, 200])  # 200: no multiple of the blocks of 64 and 128
 @pytest.mark.parametrize("scale, most", [(1.0, 4.0), (10.0, 0.8), (100.0, 0.1)])  # to collapse
 def test_attention_with_entropy_is_the_textbooks(T, scale, most, monkeypatch):
     """
