@@ -78,6 +78,23 @@ def test_text_goes_in_as_it_is_and_other_files_are_counted(source, tmp_path):
     assert texts_of(tmp_path / "mine") == texts
 
 
+@pytest.mark.parametrize("text", [
+    "old Mac\rno newline\r\r\ttab\rend",
+    "\ufeffbyte order mark\r\nWindows \r\n\r\n mixed\n\r \x85\u2028\u2029\v\f\x1c\x01\x7f \r",
+    f"{EOT} written out, {EOT}e\u0301 \U0001f469\u200d\U0001f4bb \ue000\u0378\uffff\ufffd \n "],
+    ids=["CR", "CRLF", "odd characters"])
+def test_odd_text_comes_back_byte_for_byte(text, data_dir, tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "plain.txt").write_bytes(text.encode())
+    (tmp_path / "t" / "zipped.gz").write_bytes(gzip.compress(text.encode()))
+    documents, dropped = read_source(str(tmp_path / "t"), "text", "train", "train_source")
+    tokenizer = read(data_dir / "mine")[1]
+    dataset.write_bin(tmp_path / "t.bin", documents, tokenizer, 0)
+    tokens = np.fromfile(tmp_path / "t.bin", np.uint16)
+    assert tokenizer.decode_bytes(tokens.tolist()) == 2 * (text + EOT).encode()
+    assert dropped == {"empty": 0, "not_text": 0}
+
+
 def test_a_million_spaces_are_a_document(source, tmp_path):
     wide = shutil.copytree(source, tmp_path / "wide")
     (wide / "wide.txt").write_text("a" + " " * 1_000_000 + "b")
