@@ -28,6 +28,9 @@ TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e
          SM_G: (5e-4, 1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (5e-4, 1e-3, 2e-3, 3e-3),
          SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (1e-3, 2e-3, 3e-3),
          EREG: (1e-3, 2e-3, 3e-3, 4e-3)}
+SIGMA = {"sigma_reparam": "qkvo+ffn"}
+TUNED_SIGMA = 3e-3
+TRIED_SIGMA = (2e-3, 3e-3, 6e-3)
 TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3), SM_R: (1e-3, 3e-3), SC: (1e-3, 3e-3, 9e-3),
                  EREG: (1e-3, 3e-3, 9e-3)}
 
@@ -94,11 +97,23 @@ def norms():
 
 
 def rivals():
-    """What else holds the logits and costs inference nothing, at the same rates as EReg."""
-    rows = [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS)]
-    for rate in (2e-3, 3e-3, 6e-3):
-        rows.append(row("SM+ScFuFFN, sigmaReparam", SC, rate, "", SEEDS,
-                        sigma_reparam="qkvo+ffn"))
+    """What else holds the logits and costs inference nothing, at the rate that suits it best."""
+    return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS),
+            row("SM+ScFuFFN", SC, TUNED[SC], seeds=SEEDS),
+            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, seeds=SEEDS, **SIGMA)]
+
+
+UNIFORM = {EREG: (0, 1, 2, 3), SC: (0, 1, 2, 3, 4), LN_G: (0, 2)}  # how many of the four layers
+
+
+def uniform():
+    """Three seeds of what the conclusion rests on, none and half of the layers."""
+    rows = []
+    for config, counts in UNIFORM.items():
+        for k in counts:
+            seeds = SEEDS if config != LN_G and k in (0, 2) else SEEDS[:1]
+            flags = {"uniform_layers": k} if k else {}
+            rows.append(row(f"{NAMES[config]}, k = {k}", config, TUNED[config], "", seeds, **flags))
     return rows
 
 
@@ -126,7 +141,10 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
                  each(dict.fromkeys((LN_G, LN_R, LN, SC, T, EREG), 1e-3), SEEDS[:1])),
     "tuning": ("The learning rate of each, on a seed that no other table reports, in runs of 2.9M "
                "tokens", "PPL",
-               tuning(TRIED) + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)),
+               tuning(TRIED) + tuning({SC: TRIED_SIGMA}, ", sigmaReparam", **SIGMA)
+               + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)),
+    "uniform": ("The first k layers average, without softmax, from the first step on", "",
+                uniform()),
     "rivals": ("EReg against sigmaReparam (arXiv 2303.06296)", "PPL", rivals()),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)",
               "PPL", norms()),

@@ -76,3 +76,9 @@ def test_pictures_show_runs_that_the_tables_train():
     for runs in PICTURES.values():
         assert all(folder(config, flags, SEEDS[0]) in trained for config, flags in runs)
     assert all((ROOT / "config" / f"{r['config']}.py").exists() for r in rows)
+
+
+def test_uniform_py_says_what_to_train_first(tmp_path):
+    out = run("experiments/uniform.py", f"--out_dir={tmp_path}", status=1)
+    assert out == (f"error: no trained model in {tmp_path}: "
+                   "python experiments/reproduce.py --only=uniform\n")
