@@ -2,7 +2,7 @@
 What first layers that average cost in perplexity, and save in bytes of one private next token.
 
     python experiments/reproduce.py --only=uniform   # trains the models: the first k layers uniform
-    python experiments/uniform.py                    # runs them privately, and converts trained ones
+    python experiments/uniform.py                    # runs them privately, converts trained ones
     python experiments/uniform.py --into=results     # how results/ got its uniform.json and .png
 
 Each model of the first seed runs privately once, with its trained weights. Each configuration's
