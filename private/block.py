@@ -30,6 +30,8 @@ def block(op, x, w, c, f, units=(1.0, 1.0)):
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
     if "qkv" in w:
         y = attention(op, n, w, c, f)                                             # (T, d)
+    elif "pattern" in w:
+        y = by_position(op, n, w)                                                 # (T, d)
     else:
         y = op("average", causal_means, n, layers=layers_in(w))                   # (T, m d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (T, d)
@@ -47,7 +49,10 @@ def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0)):
         x = op("matmul", jnp.matmul, last, x) if c.use_layernorm else own         # (1, d)
         y = row_attention(op, n, own, last, seen, w, c, f)                        # (1, d)
     else:
-        y = op("average", causal_means, n, layers=1)                              # (T, d)
+        if "pattern" in w:
+            y = by_position(op, n, w)                                             # (T, d)
+        else:
+            y = op("average", causal_means, n, layers=1)                          # (T, d)
         x = op("matmul", jnp.matmul, last, x)                                     # (1, d)
         y = op("matmul", jnp.matmul, last, y)                                     # (1, d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (1, d)
@@ -127,6 +132,19 @@ def activation_kind(c):
 
 
 # ------------------------------------------------------------------------- heads without a softmax
+def by_position(op, n, w):
+    """A V of patterns that are the server's and not the text's: n (T, d) -> (T, d)."""
+    v = op("matmul", linear, n, *w["value"])                                   # (T, d)
+    return op("pattern", mix_by_position, *w["pattern"], v)                    # (T, d)
+
+
+def mix_by_position(A, v):
+    """A (H, T, T), v (T, d), whose heads are side by side -> A V (T, d)."""
+    H, T, _ = A.shape
+    v = v.reshape(T, H, -1).transpose(1, 0, 2)                                 # (H, T, d_k)
+    return join_heads(A @ v)
+
+
 def layers_in(w):
     """How many uniform layers in a row a block's arrays stand for: "o" is (m d, d)."""
     rows, d = w["o"][0].shape
@@ -303,6 +321,8 @@ def forward(arrays, c, one_hot, f=EXACT, row=None, units=None):
         w = weights_of(arrays, f"blocks.{i}.")
         if "inverse_t" in w:
             w["inverse_t"] = (w["inverse_t"][0][:, :T],)                       # (H, T, 1)
+        if "pattern" in w:
+            w["pattern"] = (w["pattern"][0][:, :T, :T],)                       # (H, T, T)
         own_units = units[2 * i:2 * i + 2]
         if row is not None and i == L - 1:
             x = last_block(now, x, *row_masks(row, T), w, c, f, own_units)     # (1, d)

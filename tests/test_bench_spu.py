@@ -167,6 +167,16 @@ def test_heads_that_average_need_no_softmax(tmp_path):
     assert r["bytes_by_kind"]["average"] > 0
 
 
+@pytest.mark.parametrize("protocol", ["cheetah", "semi2k"])
+def test_heads_that_attend_by_position_need_no_softmax(tmp_path, protocol):
+    (r,), _ = results_of(tmp_path, "--archs=sm_scfuffn", f"--protocol={protocol}", *TINY,
+                         "--n_layer=3", "--positional_layers=2", "--prompt_ids=7,3,99,42,7")
+    assert r["arch"] == "SM+ScFuFFN, 2 positional layers"
+    assert r["token"] == r["plain_token"]
+    assert r["max_abs_err"] < 2e-3
+    assert r["bytes_by_kind"]["pattern"] > 0
+
+
 def test_uniform_layers_are_measured_by_their_own(tmp_path):
     """Beside LayerNorm and GELU; one layer of either kind, and the last, stand for six."""
     totals = []
