@@ -103,17 +103,21 @@ def rivals():
             row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, seeds=SEEDS, **SIGMA)]
 
 
-UNIFORM = {EREG: (0, 1, 2, 3), SC: (0, 1, 2, 3, 4), LN_G: (0, 2)}  # how many of the four layers
+KINDS = {"softmax": {SC: (0,), EREG: (0,), LN_G: (0,)},  # of the first k of the four layers
+         "uniform": {SC: (1, 2, 3, 4), EREG: (2,), LN_G: (2,)},
+         "positional": {SC: (1, 2, 3, 4), EREG: (2,), LN_G: (2, 4)}}
 
 
-def uniform():
+def frontier():
     """Three seeds of what the conclusion rests on, none and half of the layers."""
     rows = []
-    for config, counts in UNIFORM.items():
-        for k in counts:
-            seeds = SEEDS if config != LN_G and k in (0, 2) else SEEDS[:1]
-            flags = {"uniform_layers": k} if k else {}
-            rows.append(row(f"{NAMES[config]}, k = {k}", config, TUNED[config], "", seeds, **flags))
+    for kind, configs in KINDS.items():
+        for config, counts in configs.items():
+            for k in counts:
+                seeds = SEEDS if config != LN_G and k in (0, 2) else SEEDS[:1]
+                label = f"{NAMES[config]}, {k} {kind}" if k else NAMES[config]
+                flags = {f"{kind}_layers": k} if k else {}
+                rows.append(row(label, config, TUNED[config], "", seeds, **flags))
     return rows
 
 
@@ -143,8 +147,8 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
                "tokens", "PPL",
                tuning(TRIED) + tuning({SC: TRIED_SIGMA}, ", sigmaReparam", **SIGMA)
                + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)),
-    "uniform": ("The first k layers average, without softmax, from the first step on", "",
-                uniform()),
+    "frontier": ("The first layers without softmax: uniform, the average, or positional, a learned "
+                 "pattern of distances", "", frontier()),
     "rivals": ("EReg against sigmaReparam (arXiv 2303.06296)", "PPL", rivals()),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)",
               "PPL", norms()),

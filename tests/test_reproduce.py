@@ -78,7 +78,7 @@ def test_pictures_show_runs_that_the_tables_train():
     assert all((ROOT / "config" / f"{r['config']}.py").exists() for r in rows)
 
 
-def test_uniform_py_says_what_to_train_first(tmp_path):
-    out = run("experiments/uniform.py", f"--out_dir={tmp_path}", status=1)
+def test_frontier_py_says_what_to_train_first(tmp_path):
+    out = run("experiments/frontier.py", f"--out_dir={tmp_path}", status=1)
     assert out == (f"error: no trained model in {tmp_path}: "
-                   "python experiments/reproduce.py --only=uniform\n")
+                   "python experiments/reproduce.py --only=frontier\n")
