@@ -82,3 +82,16 @@ def test_frontier_py_says_what_to_train_first(tmp_path):
     out = run("experiments/frontier.py", f"--out_dir={tmp_path}", status=1)
     assert out == (f"error: no trained model in {tmp_path}: "
                    "python experiments/reproduce.py --only=frontier\n")
+
+
+def test_in_context_py_finds_a_head_that_copies():
+    """Attention that is one-hot on the place after a token's first occurrence has weight 1 there."""
+    from in_context import heads_on, repeated
+    from model import GPT, GPTConfig
+    T = 16
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=50, block_size=T,
+                          positional_layers=1))
+    model.blocks[0].attn.by_distance.data[1, T // 2 - 1] = 100
+    weight, entropy = heads_on(model, repeated(50, T)[:, :-1])
+    assert weight[0, 1] > 0.999 and weight[0, 0] < 0.2
+    assert 0 < entropy[0, 1] < entropy[0, 0]
