@@ -163,6 +163,12 @@ def test_config_files_are_the_architectures(name):
     assert 3 <= len(path.read_text().splitlines()) <= 10
 
 
+def test_a_config_file_for_positional_layers():
+    flags = {}
+    exec((ROOT / "config" / "sm_scfuffn_positional.py").read_text(), {}, flags)
+    assert GPTConfig(**flags).name == "SM+ScFuFFN, 3 positional layers"
+
+
 @dataclass
 class WithSiLU(GPTConfig):
     use_silu: bool = False  # S: SiLU in the FFN
