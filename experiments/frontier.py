@@ -6,9 +6,9 @@ What first layers without softmax cost in perplexity, and save in bytes of a pri
     python experiments/frontier.py --into=results     # how results/ got frontier.json and .png
 
 Each model of the first seed runs privately once, with its trained weights. A trained model with
-softmax everywhere is also converted to each of the others of its configuration (train.py
---init_from): its perplexity right after the switch, and after 5% and 20% of its training again,
-each a schedule of its own. What is there already, in the runs' folders, is not done again.
+softmax everywhere is also converted, half of its layers (train.py --init_from): its perplexity
+right after the switch, and after 5% and 20% of its training again, each a schedule of its own. What
+is there already, in the runs' folders, is not done again.
 """
 import sys
 from pathlib import Path
@@ -33,7 +33,6 @@ out_dir = "out/reproduce"  # where reproduce.py's runs live
 data_dir = "data"  # where datasets lie
 into = ""  # folder for frontier.json and frontier.png; out_dir if empty
 private = "results/private_frontier_*.json"  # bench_spu.py's --json at GPT-2 small's size, to draw
-convert_too = True  # convert trained models as well
 
 SHARES = (0.05, 0.2)  # of the training that a converted model gets again
 MEANING = {"uniform_layers": "average", "positional_layers": "by position"}
@@ -91,7 +90,7 @@ def seen(r):
     row = {"label": r["label"], "config": r["config"], "without_softmax": without, "val_ppl": runs,
            "private": {key: told[key] for key in keys}}
     trained = {key: value for key, value in r["flags"].items() if key not in without}
-    if without and convert_too:
+    if sum(without.values()) == reproduce.BASE["cpu"]["n_layer"] // 2:
         whole = reproduce.folder(r["config"], trained, SEEDS[0])
         row["converted"] = convert(whole, r["config"], trained, without)
     return row
