@@ -22,10 +22,10 @@ from json import dumps
 
 import torch
 
+from draw import write_whole
 from entropy import EntropyRegularizer, explicit_attention_with_entropy
 from machine import check_memory, choose_machine
 from model import GPT, GPTConfig
-from plot import write_whole
 
 block_sizes = "128,512,2048"  # context lengths
 tokens = 2048  # a step; at least one sequence

@@ -34,10 +34,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import open_dataset
+from draw import draw
 from entropy import EntropyRegularizer, max_causal_entropy
 from machine import check_memory, choose_machine, join_processes, wait_for_all
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from plot import describe, diagnosis, draw, read_log
+from plot import describe, diagnosis, read_log
 from pretrained import check_tokenizer, read_pretrained, restore, start_from
 from run import Run
 from sample import sample

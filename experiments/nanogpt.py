@@ -27,7 +27,8 @@ import subprocess  # noqa: E402
 from json import dumps, loads  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 
-from plot import read_log, write_whole  # noqa: E402
+from draw import write_whole  # noqa: E402
+from plot import read_log  # noqa: E402
 from reproduce import machine_and_commit  # noqa: E402
 
 nanogpt = ""  # a clone of nanoGPT

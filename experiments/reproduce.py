@@ -28,8 +28,9 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
+from draw import draw, draw_history, write_figure, write_whole  # noqa: E402
 from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
-from plot import draw, draw_history, look, read_log, write_figure, write_whole  # noqa: E402
+from plot import look, read_log  # noqa: E402
 from tables import PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
 from rows import breaks, heading, markdown, mean  # noqa: E402
 

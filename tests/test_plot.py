@@ -8,9 +8,10 @@ from test_gpt2 import gpt2_file
 from test_sample import byte_tokenizer
 
 from data.dataset import hash_bins, map_bins
+from draw import draw
 from entropy import attention_entropy, max_causal_entropy
 from model import GPT, GPTConfig
-from plot import aligned, averaging, describe, diagnosis, draw, measure, read_log
+from plot import aligned, averaging, describe, diagnosis, measure, read_log
 from pretrained import open_pretrained
 
 SMALL = ["--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32",
