@@ -1,13 +1,15 @@
 """
-A checkpoint of SM+LN+G, SM+LN+R or SM+LN as a folder of Hugging Face's GPT-2, in float32.
+A checkpoint as a folder of safetensors, config.json and tokenizer, in float32.
 
     python hf_export.py --ckpt=out/ckpt.pt --out=out/gpt2
 
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoTokenizer, GPT2LMHeadModel
     model = GPT2LMHeadModel.from_pretrained("out/gpt2")
+    tokenizer = AutoTokenizer.from_pretrained("out/gpt2")
 
-The other architectures have parts that GPT-2 has no place for. The tokenizer isn't written: what a
-checkpoint keeps of it is its token ids, and not the merges that Hugging Face's files list.
+SM+LN+G, SM+LN+R and SM+LN become Hugging Face's GPT-2. The other architectures have parts that
+GPT-2 has no place for: their folder has our own tensors and settings, which every script here
+takes as a checkpoint, and transformers reads the tokenizer alone.
 """
 from configurator import configure, die, end_on_signals
 
@@ -16,12 +18,15 @@ if __name__ == "__main__":
 
 import json  # noqa: E402
 import os  # noqa: E402
+from dataclasses import asdict  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from data.tokenizer import EOT, byte_level  # noqa: E402
 from gpt2 import PARTS, WHOLE  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, load_checkpoint  # noqa: E402
+from pretrained import OWN  # noqa: E402
 
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
 out = "out/gpt2"  # the folder
@@ -32,15 +37,18 @@ FREE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "use_
         "gelu_tanh", "temperature_init"}
 
 
-def gpt2_settings(c):
-    """config.json of a GPTConfig. ValueError if GPT-2 has no place for one of its parts."""
+def lacking(c):
+    """The parts of a GPTConfig that GPT-2 has no place for, in words; "" if it has for all."""
     default = GPTConfig()
     others = [f"{key}={value}" for key, value in vars(c).items()
               if key not in FREE and value != getattr(default, key)]
     if c.activation not in ACTIVATION:
         others.append(f"the activation {c.activation}")
-    if others:
-        raise ValueError(f"Hugging Face's GPT-2 has no place for {c.name}: {', '.join(others)}")
+    return ", ".join(others)
+
+
+def gpt2_settings(c):
+    """config.json of a GPTConfig that GPT-2 has a place for."""
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
             "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
             "n_head": c.n_head, "activation_function": ACTIVATION[c.activation],
@@ -68,24 +76,44 @@ def gpt2_tensors(model):
     return {f"transformer.{name}": t.float().contiguous() for name, t in theirs.items()}
 
 
-def export(model, folder):
-    """Write config.json and model.safetensors. Raises ValueError as above, OSError if it can't."""
-    settings = gpt2_settings(model.config)
+def write_json(path, content):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
+def export(model, folder, tokenizer=None):
+    """
+    Write config.json and model.safetensors, and with a tokenizer's spec tokenizer.json and
+    tokenizer_config.json. Returns what has been written, a phrase. Raises OSError if it can't.
+    """
+    c = model.config
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(settings, file, indent=1)
-    path = os.path.join(folder, "model.safetensors")
-    save_file(gpt2_tensors(model), path, metadata={"format": "pt"})
+    if lacking(c):
+        settings, tensors = {"model_type": OWN} | asdict(c), model.state_dict()
+        tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+        told = f"{c.name}, in this repository's own layout: GPT-2 has no place for {lacking(c)}"
+    else:
+        settings, tensors = gpt2_settings(c), gpt2_tensors(model)
+        told = f"{c.name}, as Hugging Face's GPT-2"
+    write_json(os.path.join(folder, "config.json"), settings)
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    if tokenizer:
+        write_json(os.path.join(folder, "tokenizer.json"), byte_level(tokenizer))
+        write_json(os.path.join(folder, "tokenizer_config.json"),
+                   {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT,
+                    "model_max_length": c.block_size, "clean_up_tokenization_spaces": False})
+    return told
 
 
 def main():
     configure(globals())
     folder = os.path.expanduser(out)
     try:
-        export(GPT.from_checkpoint(ckpt), folder)
+        checkpoint = load_checkpoint(ckpt)
+        told = export(GPT.from_checkpoint(checkpoint), folder, checkpoint.get("tokenizer"))
     except (OSError, ValueError) as e:
         die(e)
-    print(f"{folder}/model.safetensors, {folder}/config.json")
+    print(f"{folder}: {told}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Trained models to go on from: checkpoints of train.py, and GPT-2, each with its tokenizer."""
+"""
+Trained models to go on from, each with its tokenizer: checkpoints of train.py, the folders that
+hf_export.py makes of them, and GPT-2.
+"""
+import json
 import os
 import re
 from dataclasses import asdict
@@ -10,25 +14,52 @@ import torch
 from data.tokenizer import convert_tokenizer, encode_batch, load_tokenizer
 from model import GPT, GPTConfig, load_checkpoint
 
+OWN = "entropy-guided-gpt"  # model_type in a config.json of GPTConfig's fields
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # what no flag changes in a trained model
 
 
 def is_checkpoint(name):
-    """Whether `name` is a checkpoint's, and not GPT-2's: a hub id, a folder or a .safetensors."""
+    """Whether `name` is a checkpoint's, and not a folder, a .safetensors file or a hub id."""
     file = os.path.isfile(os.path.expanduser(name))
     return name.endswith(".pt") or file and not name.endswith(".safetensors")
 
 
+def model_type(folder):
+    """What config.json in a folder says of its model, "gpt2" where there is none or it can't."""
+    try:
+        text = (Path(folder).expanduser() / "config.json").read_text(encoding="utf-8")
+        return json.loads(text).get("model_type", "gpt2")
+    except (OSError, ValueError, AttributeError):
+        return "gpt2"
+
+
 def read_pretrained(name):
     """
-    What load_checkpoint gives of a checkpoint; of GPT-2 "model" and "model_config". Raises what
-    load_checkpoint and read_gpt2 raise.
+    What load_checkpoint gives of a checkpoint; of a folder or GPT-2 "model" and "model_config".
+    Raises what load_checkpoint, read_own and read_gpt2 raise.
     """
     name = os.path.expanduser(name)
     if is_checkpoint(name):
         return load_checkpoint(name)
+    if model_type(name) == OWN:
+        return read_own(name)
     model = GPT.from_gpt2(name)
     return {"model": model.state_dict(), "model_config": asdict(model.config)}
+
+
+def read_own(folder):
+    """"model" and "model_config" of a folder in our own layout. ValueError if it is damaged."""
+    from safetensors.torch import load_file
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        del config["model_type"]
+        weights = load_file(os.path.join(folder, "model.safetensors"))
+        with torch.device("meta"):  # names and shapes are compared, and nothing is computed
+            GPT(GPTConfig(**config)).load_state_dict(weights, assign=True)
+    except Exception as e:  # a file that is missing or damaged, a key or shape that is another
+        raise ValueError(f"{folder} holds no whole model of hf_export.py's "
+                         f"({type(e).__name__}: {e})") from e
+    return {"model": weights, "model_config": config}
 
 
 def open_pretrained(name, tokenizer=""):

@@ -128,18 +128,38 @@ def hub_tokenizer(source):
                          "--tokenizer=PATH") from e
 
 
-def convert_byte_level(theirs):
-    """The spec of a Hugging Face tokenizer.json, read. ValueError if it is of another kind."""
-    model, split = theirs.get("model", {}), theirs.get("pre_tokenizer") or {}
-    byte_level = split.get("type") == "ByteLevel" and not split.get("add_prefix_space")
-    if model.get("type") != "BPE" or not byte_level:
-        raise ValueError("not a byte-level BPE tokenizer without prefix space, the only kind that "
-                         "tiktoken can stand in for")
-    # ByteLevel writes a byte as a printable character: as itself if that is one, else as the next
-    # one from 256 on.
+def byte_characters():
+    """
+    {byte: the character that Hugging Face's ByteLevel writes it as}: itself if that is printable,
+    else the next one from 256 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def pattern_of(split):
+    """The regular expression of a byte-level pre_tokenizer. ValueError if it is another kind."""
+    steps = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
+    last = steps[-1]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        if len(steps) == 1 and last.get("use_regex", True):
+            return GPT2_PATTERN
+        first = steps[0]
+        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+        if len(steps) == 2 and not last.get("use_regex", True) and isolated:
+            return first["pattern"]["Regex"]
+    raise ValueError("not a byte-level BPE tokenizer without prefix space, the only kind that "
+                     "tiktoken can stand in for")
+
+
+def convert_byte_level(theirs):
+    """The spec of a Hugging Face tokenizer.json, read. ValueError if it is of another kind."""
+    model = theirs.get("model", {})
+    pattern = pattern_of(theirs.get("pre_tokenizer") or {})
+    if model.get("type") != "BPE":
+        raise ValueError(f"its model is {model.get('type')}, and tiktoken's are BPE")
+    byte = {character: b for b, character in byte_characters().items()}
     special = {token["content"]: token["id"] for token in theirs.get("added_tokens", [])}
     vocab = model["vocab"]
     ranks = {bytes(byte[c] for c in t): i for t, i in vocab.items() if t not in special}
@@ -150,4 +170,39 @@ def convert_byte_level(theirs):
                          "tokenize differently")
     if EOT not in special:
         raise ValueError(f"it has no {EOT} token")
-    return tokenizer_spec(GPT2_PATTERN, ranks, special)
+    return tokenizer_spec(pattern, ranks, special)
+
+
+def byte_level(spec):
+    """
+    A spec as what Hugging Face's tokenizer.json holds: convert_byte_level() the other way round.
+
+    tiktoken merges any two neighbours that make a token, the lowest id first, and a tokenizer.json
+    lists its merges: so each way of splitting a token into two is one, in the order of the ids.
+    """
+    ranks = {base64.b64decode(token): rank for token, rank in spec["ranks"].items()}
+    character = byte_characters()
+
+    def written(token):
+        return "".join(character[b] for b in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += [[written(a), written(b)] for a, b in splits if a in ranks and b in ranks]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}
+    coding = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+              "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": spec["pattern"]}, "behavior": "Isolated",
+             "invert": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": i, "content": text} | plain for text, i in spec["special"].items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, coding]},
+        "post_processor": None, "decoder": coding,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                  "byte_fallback": False, "ignore_merges": True,  # a word that is a token stays one
+                  "vocab": {written(token): rank for token, rank in ranks.items()},
+                  "merges": merges}}

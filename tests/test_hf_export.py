@@ -1,13 +1,17 @@
-"""hf_export.py: a folder that Hugging Face's GPT-2 reads, with our logits."""
+"""hf_export.py: a folder that Hugging Face's GPT-2 reads, with our logits and tokens."""
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import refusals
+from conftest import refusals, run
 from safetensors.torch import load_file
 from test_gpt2 import gelu, gelu_new, gpt2_by_numpy, relu
 
+from data.tokenizer import convert_tokenizer, load_tokenizer
 from hf_export import export
 from model import GPT, GPTConfig, save_checkpoint
+from pretrained import read_pretrained
 
 SMALL = dict(block_size=12, vocab_size=60, n_layer=2, n_head=2, n_embd=16)
 IDX = np.arange(12) * 5
@@ -54,17 +58,54 @@ def test_transformers_gives_our_logits(tmp_path):
         assert torch.allclose(theirs(idx).logits, model(idx)[0], atol=1e-4)
 
 
-def test_what_gpt2_has_no_place_for_is_one_line(tmp_path):
-    tries = {"fused": (dict(use_layernorm=False, use_gelu=False, fuse_ffn=True),
-                       "no place for SM+FuFFN: use_layernorm=False, fuse_ffn=True"),
-             "temperature": (dict(learnable_temperature=True), "learnable_temperature=True"),
-             "bare": (dict(final_layernorm=False), "final_layernorm=False"),
-             "normed": (dict(weight_norm="ffn"), "weight_norm=ffn")}
-    for name, (flags, _) in tries.items():
-        save_checkpoint(f"{tmp_path}/{name}.pt", build(**flags))
-    args = [[f"--ckpt={tmp_path}/{name}.pt", f"--out={tmp_path}/out"] for name in tries]
-    told = refusals("hf_export.py", [*args, ["--ckpt=nowhere.pt"]])
-    lines = [*(line for _, line in tries.values()), "no checkpoint at nowhere.pt"]
-    for (code, err), line in zip(told, lines):
-        assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and line in err
-    assert not (tmp_path / "out").exists()
+@torch.no_grad()
+@pytest.mark.parametrize("flags, part", [
+    (dict(use_layernorm=False, use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True,
+          learnable_temperature=True), "learnable_temperature=True"),
+    (dict(final_layernorm=False), "final_layernorm=False"),
+    (dict(weight_norm="ffn"), "weight_norm=ffn"),
+])
+def test_what_gpt2_has_no_place_for_comes_back_as_it_was(flags, part, tmp_path):
+    model = build(**flags)
+    assert part in export(model, tmp_path)
+    again = GPT.from_checkpoint(read_pretrained(str(tmp_path)))
+    idx = torch.tensor(IDX)[None]
+    assert again.config == model.config and torch.equal(again(idx)[0], model(idx)[0])
+    with pytest.raises(ValueError, match="does not hold a GPT-2"):
+        GPT.from_gpt2(str(tmp_path))
+
+
+def test_a_folder_is_sampled_and_evaluated_as_its_checkpoint(data_dir, tmp_path):
+    """By the tokenizer that is written beside the tensors."""
+    spec = json.loads((data_dir / "mine" / "tokenizer.json").read_text())
+    model = GPT(GPTConfig(**SMALL | {"vocab_size": 512}, use_layernorm=False))
+    save_checkpoint(f"{tmp_path}/ckpt.pt", model, tokenizer=spec)
+    run("hf_export.py", f"--ckpt={tmp_path}/ckpt.pt", f"--out={tmp_path}/out")
+    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n" * 20)
+    told = [run("evaluate.py", f"--ckpt={name}", f"--text={tmp_path}/text")
+            for name in (f"{tmp_path}/ckpt.pt", f"{tmp_path}/out")]
+    assert told[0] == told[1] and "bits per byte" in told[0]
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"half")
+    assert "holds no whole model" in run("sample.py", f"--ckpt={tmp_path}/out", status=1)
+
+
+def test_the_tokenizer_gives_the_same_tokens(data_dir, source, tmp_path):
+    """By our own reader, and by Hugging Face's libraries as far as they are installed."""
+    spec = json.loads((data_dir / "mine" / "tokenizer.json").read_text())
+    export(build(), tmp_path, spec)
+    assert convert_tokenizer(str(tmp_path)) == spec
+    texts = [path.read_text() for path in sorted(source.glob("*.py"))[:20]]
+    texts.append(" \u00e9 \u6f22\u5b57 \r\n\t  x  \n\n   12345 I'LL\u00a0a aaaaaaa====------")
+    wanted = [load_tokenizer(spec).encode_ordinary(text) for text in texts]
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [theirs.encode(text).ids for text in texts] == wanted
+    assert [theirs.decode(ids) for ids in wanted] == texts
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(texts)["input_ids"] == wanted and theirs.eos_token_id == 511
+
+
+def test_no_checkpoint_is_one_line():
+    [(code, err)] = refusals("hf_export.py", [["--ckpt=nowhere.pt"]])
+    assert code == 1 and err.startswith("error: no checkpoint at nowhere.pt") and err[-1:] == "\n"
