@@ -4,6 +4,7 @@ Pictures of the attention entropies of models that train.py trained, and a diagn
     python plot.py --out_dir=out                                 # out/entropy.png and .json
     python plot.py --out_dir=out/sm,out/ereg --png=compare.png   # side by side, on one colour scale
     python plot.py --ckpt=out/ckpt.pt,gpt2 --text=FILE           # on any text; GPT-2 as well
+    python plot.py --ckpt=FOLDER --text=FILE                     # any Hugging Face model's folder
 
 It also names the first layers whose heads average, which need no softmax (--uniform_layers).
 """
@@ -13,8 +14,8 @@ if __name__ == "__main__":
     end_on_signals()  # before the heavy imports
 
 import json
+import math
 import os
-from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -24,13 +25,15 @@ from data.dataset import open_dataset
 from draw import draw, write_whole
 from entropy import (attention_entropy, causal_attention, distance_from_average,
                      max_causal_entropy, quartile_distribution)
+from foreign import is_foreign, open_foreign
 from model import GPT
 from pretrained import encoding_of, is_checkpoint, read_pretrained, read_tokens
 
 out_dir = "out"  # a folder of train.py's, or several, comma-separated
 ckpt = ""        # or checkpoint files, comma-separated; a log.jsonl beside one is its history
-text = ""        # measure on this file, and ckpt may also name GPT-2: a hub id or a folder
-tokenizer = ""   # of GPT-2: a tokenizer.json; if empty the one beside its weights, else tiktoken's
+text = ""        # measure on this file; ckpt may then name GPT-2's hub id, or a model's folder
+tokenizer = ""   # of such a model: a tokenizer.json; if empty the one beside its weights
+block_size = 0   # tokens of context, 0: the model's, at most 512 of a folder that isn't GPT-2's
 windows = 256    # windows of the validation set or the text that the entropies are means over
 tolerance = 0.05  # share of the causal maximum that a head that averages may lack of entropy
 png = ""         # the picture, a .json beside it; entropy.png beside the first ckpt if empty
@@ -61,7 +64,10 @@ def read_log(path):
 
 # ---------------------------------------------------------------------------------- numbers
 def learned(model, threshold):
-    """What a model learns beside matrices, as lists: alpha, beta, temperature, threshold."""
+    """
+    What a model learns beside matrices, as lists: alpha, beta, temperature, and `threshold`, its
+    fractions of log T, (layers with softmax, H), or None.
+    """
     found = {}
     if model.config.learnable_ffn_scale:
         for name in ("alpha", "beta"):
@@ -76,15 +82,14 @@ def learned(model, threshold):
     return found
 
 
-def describe(arch, model, head_entropy, threshold=None, log=()):
+def describe(arch, T, head_entropy, log=()):
     """
     What there is to see of one model, as plain lists and numbers: a dict for draw() and table().
 
-    head_entropy: (L, H) nats, means over the validation windows; threshold: learned fractions of
-    log T, (layers with softmax, H), or None; log: the records of its log.jsonl. The paper counts
-    heads in the lowest and in the highest quarter of [0, M], M the largest head's entropy; a layer
-    is called collapsed or overloaded here if half of its heads or more are. ValueError if an
-    entropy is not finite.
+    head_entropy: (L, H) nats, means over windows of T tokens; log: the records of its log.jsonl.
+    The paper counts heads in the lowest and in the highest quarter of [0, M], M the largest head's
+    entropy; a layer is called collapsed or overloaded here if half of its heads or more are.
+    ValueError if an entropy is not finite.
     """
     E = torch.as_tensor(head_entropy).float().cpu()
     shares = quartile_distribution(E)
@@ -101,8 +106,7 @@ def describe(arch, model, head_entropy, threshold=None, log=()):
         return [l for l, some in enumerate(heads) if 2 * some.sum() >= len(some)]
 
     return {
-        "arch": arch, "block_size": model.config.block_size,
-        "max_causal_entropy": max_causal_entropy(model.config.block_size),
+        "arch": arch, "block_size": T, "max_causal_entropy": max_causal_entropy(T),
         "seed": next((r["settings"].get("seed") for r in log if "settings" in r), None),
         "val_ppl": evals[-1]["val_ppl"] if evals else None,
         "head_entropy": E.tolist(), "layer_entropy": E.mean(1).tolist(),
@@ -110,7 +114,7 @@ def describe(arch, model, head_entropy, threshold=None, log=()):
         "collapsed_heads": int(low.sum()), "collapsed_layers": layers(low),
         "overloaded_heads": int(high.sum()), "overloaded_layers": layers(high),
         "history": history,
-    } | learned(model, threshold)
+    }
 
 
 def diagnosis(run):
@@ -183,81 +187,105 @@ def table(runs):
     return aligned(rows, left=(0, len(rows[0]) - 1))
 
 
-# ---------------------------------------------------------------------------------- a checkpoint
+# ---------------------------------------------------------------------------------- a model
+def weights_of(model):
+    """A function of x (B, T): the attention weights of a GPT's layers, L of (B, H, T, T)."""
+    seen = []
+
+    def watched(q, k, v, block_mask):
+        """attention_with_entropy(), which leaves the weights."""
+        seen.append(causal_attention(q, k))  # (B, H, T, T)
+        return seen[-1] @ v, attention_entropy(seen[-1])
+
+    without = model.config.n_layer - model.config.softmax_layers
+    for block in model.blocks[without:]:
+        block.attn.with_entropy = watched
+
+    def weights(x):
+        seen.clear()
+        model(x, return_entropy=True)
+        public = [block.attn.pattern(x.shape[1]) for block in model.blocks[:without]]
+        return [A.expand(len(x), *A.shape) for A in public] + seen
+
+    return weights
+
+
 @torch.no_grad()
-def measure(model, tokens, n):
+def measure(weights, tokens, n, T):
     """
-    Means over `windows` of the n windows of block_size tokens, (L, H) each: entropies in nats,
-    attention weights of the first position to all later ones, distances from the average.
+    Means over `windows` of the n windows of T tokens, (L, H) each: entropies in nats, attention
+    weights of the first position to all later ones, distances from the average. weights: a function
+    as weights_of() gives. ValueError if the tokens have no whole window.
     """
-    c, T = model.config, model.config.block_size
+    if n < 1:
+        raise ValueError(f"{len(tokens)} tokens hold no window of {T}: give a longer text, or a "
+                         "smaller --block_size")
     chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
-    entropy, first, distance = torch.zeros(3, c.n_layer, c.n_head)
-
-    def watched(q, k, v, block_mask, layer):
-        """attention_with_entropy(), with a look at the weights."""
-        A = causal_attention(q, k)  # (B, H, T, T)
-        first[layer] += A[..., 1:, 0].sum((0, 2)) / max(1, T - 1)
-        distance[layer] += distance_from_average(A).mean(-1).sum(0)
-        return A @ v, attention_entropy(A)
-
-    without = c.n_layer - c.softmax_layers
-    for layer in range(without, c.n_layer):
-        model.blocks[layer].attn.with_entropy = partial(watched, layer=layer)
-    for some in np.array_split(chosen, -(-len(chosen) // 8)):
+    total = 0.0
+    for some in np.array_split(chosen, math.ceil(len(chosen) * T / 1024)):  # about 1024 tokens each
         x = torch.from_numpy(np.stack([tokens[w * T:(w + 1) * T] for w in some]).astype(np.int64))
-        entropy += model(x, return_entropy=True)[2].mean(-1).sum(1)
-    entropy, first, distance = (total / len(chosen) for total in (entropy, first, distance))
-    for layer in range(without):
-        A = model.blocks[layer].attn.pattern(T)  # (H, T, T)
-        first[layer] = A[:, 1:, 0].sum(-1) / max(1, T - 1)
-        distance[layer] = distance_from_average(A).mean(-1)
-    return entropy, first, distance
+        total = total + torch.stack([seen_of(A) for A in weights(x)], 1)  # (3, L, H)
+    return total / len(chosen)
+
+
+def seen_of(A):
+    """
+    Of attention weights A (B, H, T, T), sums over the batch, (3, H): entropy, weight on the first
+    position, distance from the average.
+    """
+    first = A[..., 1:, 0].sum(-1) / max(1, A.shape[-1] - 1)  # (B, H)
+    return torch.stack([attention_entropy(A).mean(-1), first,
+                        distance_from_average(A).mean(-1)]).sum(1)
+
+
+def measured(arch, weights, tokens, n, T, log=()):
+    """describe() of what measure() finds, with its other two numbers of each head."""
+    entropy, first, distance = measure(weights, tokens, n, T)
+    return describe(arch, T, entropy, log) | {"first_position": first.tolist(),
+                                              "distance": distance.tolist()}
 
 
 def look(path):
     """
-    describe() of a checkpoint, measured on `text`, or else on the validation set it was trained
-    beside; of GPT-2 on `text`. Raises OSError or ValueError if model, log or data can't be read or
-    the data is another one now.
+    describe() of a model, measured: a checkpoint on `text`, or else on the validation set it was
+    trained beside; GPT-2, or another Hugging Face model, on `text`. Raises OSError or ValueError if
+    model, log or data can't be read or the data is another one now.
     """
     if not text and not is_checkpoint(path):
         raise ValueError(f"{path} is no checkpoint of train.py's: name a text to measure it on, "
                          "--text=FILE")
+    if is_foreign(path):
+        arch, weights, tokens, T = open_foreign(path, text, tokenizer, block_size)
+        return measured(arch, weights, tokens, len(tokens) // T, T) | {"layers_without_softmax": 0}
     checkpoint = read_pretrained(path)
-    settings = {"data_dir": "data", "dataset": "pycode", "seed": None}
-    settings |= checkpoint.get("settings", {})
     model = GPT.from_checkpoint(checkpoint)
-    T = model.config.block_size
+    c, settings = model.config, checkpoint.get("settings", {})
+    T = block_size or c.block_size
+    if T > c.block_size:
+        raise ValueError(f"{path} has a context of {c.block_size}: --block_size can't be more")
     if text:
-        encoding = encoding_of(path, checkpoint, tokenizer)
-        tokens, _ = read_tokens(text, encoding, model.config.vocab_size)
+        tokens, _ = read_tokens(text, encoding_of(path, checkpoint, tokenizer), c.vocab_size)
         n = len(tokens) // T
-        if n == 0:
-            raise ValueError(f"{text} has {len(tokens)} tokens, and one window of {path} takes {T}")
     else:
-        _, tokens, meta, *_ = open_dataset(settings["data_dir"], settings["dataset"], T)
+        place = settings.get("data_dir", "data"), settings.get("dataset", "pycode")
+        _, tokens, meta, *_ = open_dataset(*place, T)
         if meta["sha256"] != checkpoint.get("data_sha256"):
-            raise ValueError(f"{path} was trained on other data than {settings['data_dir']}/"
-                             f"{settings['dataset']} holds now: run this where its data is, or "
-                             "with --text=FILE")
+            raise ValueError(f"{path} was trained on other data than {'/'.join(place)} holds now: "
+                             "run this where its data is, or with --text=FILE")
         n = (len(tokens) - (0 if meta["piece"] else 1)) // T  # as many windows as train.py has
     log = []
     if os.path.basename(path) == "ckpt.pt":  # the log beside another name is another run's
         log = read_log(os.path.join(os.path.dirname(path), "log.jsonl"))
-    head_entropy, first, distance = measure(model, tokens, n)
     threshold = (checkpoint.get("regularizer") or {}).get("threshold")
-    c = model.config
     arch = c.name if threshold is None else f"EReg({c.name})"
-    run = describe(arch, model, head_entropy, threshold, log)
-    return run | {"seed": settings["seed"], "first_position": first.tolist(),
-                  "distance": distance.tolist(),
-                  "layers_without_softmax": c.n_layer - c.softmax_layers}
+    run = measured(arch, weights_of(model), tokens, n, T, log)
+    return run | learned(model, threshold) | {
+        "seed": settings.get("seed"), "layers_without_softmax": c.n_layer - c.softmax_layers}
 
 
 def main():
     configure(globals())
-    within(globals(), tolerance=(0, 1))
+    within(globals(), tolerance=(0, 1), block_size=(0, 2**20))
     if windows < 1:
         die(f"windows must be at least 1, and is {windows}", 2)
     if not find_spec("matplotlib"):

@@ -38,7 +38,7 @@ from draw import draw
 from entropy import EntropyRegularizer, max_causal_entropy
 from machine import check_memory, choose_machine, join_processes, wait_for_all
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from plot import describe, diagnosis, read_log
+from plot import describe, diagnosis, learned, read_log
 from pretrained import check_tokenizer, read_pretrained, restore, start_from
 from run import Run
 from sample import sample
@@ -463,7 +463,8 @@ run.log("done", step, val_ce=val_ce, val_ppl=val_ppl, unigram_ppl=unigram, token
 if plot:
     try:
         threshold = regularizer and regularizer.threshold
-        seen = describe(arch, model, head_entropy, threshold, read_log(run.path))
+        seen = describe(arch, block_size, head_entropy, read_log(run.path))
+        seen |= learned(model, threshold)
         run.say("\n".join(diagnosis(seen)))
         draw([seen], run.picture)
         run.say(run.picture)

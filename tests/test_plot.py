@@ -11,7 +11,8 @@ from data.dataset import hash_bins, map_bins
 from draw import draw
 from entropy import attention_entropy, max_causal_entropy
 from model import GPT, GPTConfig
-from plot import aligned, averaging, describe, diagnosis, measure, read_log
+from plot import (aligned, averaging, describe, diagnosis, learned, measure, read_log,
+                  weights_of)
 from pretrained import open_pretrained
 
 SMALL = ["--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32",
@@ -121,7 +122,7 @@ def test_heads_are_counted_as_in_the_paper():
     is either by half of its heads.
     """
     heads = [[3.8, 3.8, 3.0, 2.0], [0.5, 2.0, 2.0, 3.8], [0.0, 0.1, 2.0, 2.0]]
-    r = describe("SM", untrained(), heads)
+    r = describe("SM", 128, heads)
     assert (r["overloaded_heads"], r["overloaded_layers"]) == (4, [0])
     assert (r["collapsed_heads"], r["collapsed_layers"]) == (3, [2])
     overload, collapse = diagnosis(r)
@@ -144,8 +145,8 @@ def test_first_layers_that_average_are_named(tmp_path):
         Q_and_K.weight[4:8] = 0  # the second head's of four
         model.blocks[2].attn.qk.weight.mul_(1000)
     tokens = torch.randint(0, 50, (512,)).numpy()
-    entropy, first, distance = measure(model, tokens, 4)
-    run = describe("SM", model, entropy)
+    entropy, first, distance = measure(weights_of(model), tokens, 4, 128)
+    run = describe("SM", 128, entropy)
     run |= {"distance": distance.tolist(), "layers_without_softmax": 0}
     said = averaging(run, 0.05)
     assert said.startswith("averaging: 5 of 12 heads within 5% of 3.88 nats (layer 0: all, layer "
@@ -153,7 +154,7 @@ def test_first_layers_that_average_are_named(tmp_path):
     assert said.endswith("; --uniform_layers=1 would save 4 of 12 softmaxes")
     converted = untrained(use_layernorm=False, uniform_layers=1)
     converted.load_state_dict(model.state_dict(), strict=False)
-    entropy_after, first_after, distance_after = measure(converted, tokens, 4)
+    entropy_after, first_after, distance_after = measure(weights_of(converted), tokens, 4, 128)
     for before, after in ((entropy, entropy_after), (first, first_after),
                           (distance, distance_after)):
         assert torch.allclose(before, after, atol=1e-4)
@@ -163,14 +164,14 @@ def test_first_layers_that_average_are_named(tmp_path):
 
 def test_a_diverged_model_is_refused():
     with pytest.raises(ValueError, match="finite"):
-        describe("SM", untrained(), [[float("nan")] * 4] * 3)
+        describe("SM", 128, [[float("nan")] * 4] * 3)
 
 
 def test_one_model_and_four_are_drawn(tmp_path):
     """Temperatures as they start, all alike: their mean is off by rounding and their range is 0."""
     ereg = untrained(learnable_temperature=True, learnable_ffn_scale=True)
-    r = describe("EReg", ereg, torch.rand(3, 4), torch.rand(3, 4))
-    bare = describe("SM", untrained(), torch.rand(3, 4))
+    r = describe("EReg", 128, torch.rand(3, 4)) | learned(ereg, torch.rand(3, 4))
+    bare = describe("SM", 128, torch.rand(3, 4))
     draw([r], tmp_path / "one.png")
     draw([bare, bare, r, bare], tmp_path / "four.png")
     draw([bare], tmp_path / "bare.png")
@@ -180,7 +181,7 @@ def test_one_model_and_four_are_drawn(tmp_path):
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "a.png").mkdir()
     with pytest.raises(OSError):
-        draw([describe("SM", untrained(), torch.rand(3, 4))], tmp_path / "a.png")
+        draw([describe("SM", 128, torch.rand(3, 4))], tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
