@@ -13,6 +13,7 @@ end_on_signals()
 import math
 
 import torch
+from tqdm import tqdm
 
 from machine import choose_device
 from pretrained import open_pretrained, read_tokens
@@ -37,7 +38,7 @@ def cross_entropy(model, tokens, T, stride):
     many = max(1, LARGEST // (T * model.config.vocab_size))
     starts = list(range(0, max(1, n - T + stride), stride))
     total = 0.0
-    for i in range(0, len(starts), many):
+    for i in tqdm(range(0, len(starts), many), desc="evaluate", leave=False, delay=10):
         x = torch.zeros(len(starts[i:i + many]), T, dtype=torch.long)
         y = torch.full_like(x, -1)
         for row, start in enumerate(starts[i:i + many]):

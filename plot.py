@@ -20,6 +20,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.dataset import open_dataset
 from draw import draw, write_whole
@@ -222,7 +223,8 @@ def measure(weights, tokens, n, T):
                          "smaller --block_size")
     chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
     total = 0.0
-    for some in np.array_split(chosen, math.ceil(len(chosen) * T / 1024)):  # about 1024 tokens each
+    parts = np.array_split(chosen, math.ceil(len(chosen) * T / 1024))  # about 1024 tokens each
+    for some in tqdm(parts, desc="measure", leave=False, delay=10):
         x = torch.from_numpy(np.stack([tokens[w * T:(w + 1) * T] for w in some]).astype(np.int64))
         total = total + torch.stack([seen_of(A) for A in weights(x)], 1)  # (3, L, H)
     return total / len(chosen)

@@ -5,11 +5,15 @@ import os
 import shutil
 import signal
 import sys
+import time
 from itertools import count
 
 import torch
 
 from configurator import on_signals
+
+
+QUIET = 10  # seconds
 
 
 class Run:
@@ -27,6 +31,7 @@ class Run:
         self.picture = os.path.join(folder, "entropy.png")
         self.signals = []  # that arrived since open(), for the loop to stop at
         self.track = lambda numbers, step: None
+        self.said = time.monotonic()  # when a line was last printed
         sys.excepthook = self.unhandled
 
     def open(self, resumed_at=None):
@@ -83,11 +88,17 @@ class Run:
         if self.rank:
             return
         file = file or sys.stdout
+        self.said = time.monotonic()
         try:
             print(text, file=file, flush=True)
         except OSError:
             self.signals.append(signal.SIGPIPE)
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+    def still(self, text):
+        """Print a line where QUIET seconds have passed without one, so that a user sees it go on."""
+        if time.monotonic() - self.said > QUIET:
+            self.say(text)
 
     def what_is_left(self):
         if os.path.isfile(self.ckpt):

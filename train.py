@@ -309,6 +309,7 @@ def evaluate():
         with autocast:
             _, loss, e = model(x, y, return_entropy=True)
         ce += loss.item() * len(x) / n_val
+        run.still(f"evaluating, window {i} of {n_val}")
         entropy += e.float().mean(-1).sum(1) / n_val
         if run.signals and ranks == 1:
             stop()
@@ -443,6 +444,7 @@ while True:
                 f"grad {norm:.2f}  {rate:,.0f} tok/s  {left // 60:.0f}m{left % 60:02.0f}s left")
         run.log("step", step, loss=loss, ce=ce.item(), entropy_term=term.item(),
                 grad_norm=norm.item(), lr=lr_at(step - 1), tokens_per_s=rate)
+    run.still(f"step {step:>6}/{max_iters}")
     if stopping or ranks == 1 and run.signals:
         stop()
 

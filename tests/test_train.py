@@ -16,6 +16,7 @@ from conftest import ROOT, refusals, run
 
 from data.dataset import hash_bins, map_bins
 from entropy import max_causal_entropy
+from run import Run
 
 TINY = ["--device=cpu", "--dataset=mine", "--n_layer=2", "--n_head=2", "--n_embd=32",
         "--block_size=32", "--eval_windows=16", "--sample_tokens=0", "--plot=False",
@@ -459,3 +460,12 @@ def test_a_hostile_checkpoint_overwrites_nothing(out_dir, data_dir, tmp_path):
     assert victim.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "victim"]
     assert content(out_dir)["step"] == 3
+
+
+def test_a_line_tells_that_it_goes_on_where_nothing_was_said_for_long(tmp_path, capsys):
+    quiet = Run(str(tmp_path))
+    quiet.still("at once")
+    quiet.said -= 11
+    quiet.still("after eleven seconds")
+    quiet.still("and again")
+    assert capsys.readouterr().out == "after eleven seconds\n"
