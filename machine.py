@@ -47,6 +47,13 @@ def wait_for_all():
         dist.barrier()
 
 
+def add_up(numbers):
+    """A tensor's sum over all processes that train together, in its place."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
+
+
 def matmul_seconds(dtype, rows, d):
     """Seconds of one product (rows, d) x (d, 4 d), an FFN's, on the CPU."""
     a = torch.ones(rows, d, dtype=dtype)
@@ -97,6 +104,8 @@ def choose_machine(device, dtype, compile, rows, d):
             narrow, speeds = bf16_is_faster(rows, d)
             why += f", {speeds}"
     matmul_dtype = torch.bfloat16 if narrow else torch.float32
+    if dtype == "float16":
+        matmul_dtype = torch.float16
     compiled = compile == "yes" or compile == "auto" and kind == "cuda"
     how = "torch.compile" if compiled else "eager"
     told = f"device {device} ({why}), {str(matmul_dtype).removeprefix('torch.')} matmuls, {how}"

@@ -234,14 +234,14 @@ class Attention(nn.Module):
             q = q / self.temperature[:, i, None, None]
         elif hasattr(self, "log_temperature"):  # row i of the logits over t_i is q_i over t_i
             q = q / self.temperature[:, :T, None]
-        # On a CPU softmax wants float32, and scaled_dot_product_attention is slower in bfloat16.
+        # On a CPU softmax wants float32, and scaled_dot_product_attention is slower in 16 bits.
         with torch.autocast("cpu", enabled=False):
             if past:  # the one token here may look at all of them
                 y, entropy = F.scaled_dot_product_attention(q, k, v), None
             elif return_entropy:
                 y, entropy = self.with_entropy(q, k, v, block_mask)
             else:
-                if v.dtype == torch.bfloat16 and v.device.type == "cpu":
+                if v.dtype.itemsize == 2 and v.device.type == "cpu":
                     q, k, v = q.float(), k.float(), v.float()
                 y, entropy = F.scaled_dot_product_attention(q, k, v, is_causal=True), None
         return self.o(y.transpose(1, 2).reshape(B, T, d)), entropy

@@ -30,13 +30,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import open_dataset
 from draw import draw
 from entropy import EntropyRegularizer, max_causal_entropy
-from machine import check_memory, choose_machine, join_processes, wait_for_all
+from machine import add_up, check_memory, choose_machine, join_processes, wait_for_all
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from plot import describe, diagnosis, learned, read_log
 from pretrained import check_tokenizer, read_pretrained, restore, start_from
@@ -83,7 +82,7 @@ grad_clip = 1.0  # largest gradient norm, 0: no clipping
 # system
 seed = 1337  # of initialisation and data order
 device = "auto"  # auto | cpu | cuda | cuda:1 | mps
-dtype = "auto"  # auto | float32 | bfloat16: type of the matrix products
+dtype = "auto"  # auto | float32 | bfloat16 | float16, the loss scaled: of the matrix products
 compile = "auto"  # auto (on CUDA) | yes | no: torch.compile
 
 SETTINGS = setting_names(globals())
@@ -117,7 +116,7 @@ elif init_from != "scratch":
     was = trained["model_config"]
     globals().update({key: was[key] for key in was.keys() - given.keys()})
 one_of(globals(), repr, log_to=("", "tensorboard", "wandb"), reduction=("mean", "sum", "head"),
-       lr_decay=("linear", "cosine"), dtype=("auto", "float32", "bfloat16"),
+       lr_decay=("linear", "cosine"), dtype=("auto", "float32", "bfloat16", "float16"),
        compile=("auto", "yes", "no"))
 within(globals(), eval_interval=(1, MANY), eval_windows=(1, MANY), log_interval=(1, MANY),
        sample_tokens=(0, MANY), batch_size=(1, 2**20), grad_accum=(1, 2**20), max_iters=(0, MANY),
@@ -255,8 +254,10 @@ if ranks > 1:  # gradients are means over the processes
     regularize = regularizer and DistributedDataParallel(regularizer)
     parallel = list(filter(None, (forward, regularize)))
 autocast = nullcontext()
-if matmul_dtype == torch.bfloat16:
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
+if matmul_dtype != torch.float32:
+    autocast = torch.autocast(torch.device(device).type, matmul_dtype)
+# In float16 small gradients would be 0: the loss is scaled, by less after a step that overflows.
+scaler = torch.amp.GradScaler(torch.device(device).type, enabled=matmul_dtype == torch.float16)
 
 
 def lr_at(step):
@@ -291,12 +292,10 @@ def gradients(step):
         for part in parallel:
             part.require_backward_grad_sync = micro + ranks >= grad_accum
         loss, ce, term = training_loss(*training_batch(step * grad_accum + micro))
-        (loss * ranks / grad_accum).backward()
+        scaler.scale(loss * ranks / grad_accum).backward()
         numbers[:2] += torch.stack((ce, term)) / grad_accum
-    if ranks > 1:
-        numbers[2] = len(run.signals)
-        dist.all_reduce(numbers)
-    return *numbers[:2], ranks > 1 and numbers[2].item() > 0
+    numbers[2] = len(run.signals)
+    return *add_up(numbers)[:2], ranks > 1 and numbers[2].item() > 0
 
 
 @torch.no_grad()
@@ -314,11 +313,8 @@ def evaluate():
         if run.signals and ranks == 1:
             stop()
     model.train()
-    if ranks > 1:
-        sums = torch.cat((entropy.flatten(), entropy.new_tensor([ce])))
-        dist.all_reduce(sums)
-        ce, entropy = sums[-1].item(), sums[:-1].view(n_layer, n_head)
-    return ce, entropy.cpu()
+    sums = add_up(torch.cat((entropy.flatten(), entropy.new_tensor([ce])))).cpu()
+    return sums[-1].item(), sums[:-1].view(n_layer, n_head)
 
 
 def save():
@@ -425,11 +421,14 @@ while True:
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step)
     ce, term, stopping = gradients(step)
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    if not norm.isfinite():  # the one look a step for which the host waits for a GPU
+    # This is the one look a step for which the host waits for a GPU.
+    if not norm.isfinite() and scaler.get_scale() <= 1:
         what = "gradient" if (ce + term).isfinite() else "loss"
         diverged(what, *training_batch(step * grad_accum))
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     step += 1
     seconds += time.time() - t0

@@ -1,8 +1,10 @@
 """machine.py: the type of the matrix products is what was measured to be faster."""
+import math
+
 import pytest
 import torch
 from conftest import run
-from test_train import TINY
+from test_train import TINY, of_kind
 
 import machine
 
@@ -36,3 +38,16 @@ def test_a_resumed_run_keeps_its_type(data_dir, tmp_path):
     assert "bfloat16 matmuls" in out
     out = run("train.py", "--init_from=resume", *here, "--device=cpu", "--max_iters=3")
     assert "bfloat16 matmuls" in out
+
+
+def test_float16_trains_as_float32_does(data_dir, tmp_path):
+    """With the loss scaled, and less after a gradient that overflows: no divergence."""
+    args = ["config/ereg_sm_t_scfuffn.py", *TINY, f"--data_dir={data_dir}", "--max_iters=6",
+            "--log_interval=1"]
+    for name, flags in (("wide", []), ("half", ["--dtype=float16"]),
+                        ("large", ["--dtype=float16", "--lambda_entropy=4e3"])):
+        run("train.py", *args, *flags, f"--out_dir={tmp_path / name}")
+    wide, half, large = (of_kind("step", tmp_path / name) for name in ("wide", "half", "large"))
+    assert [r["ce"] for r in half] == pytest.approx([r["ce"] for r in wide], abs=1e-3)
+    norms = [r["grad_norm"] for r in large]
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
