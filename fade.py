@@ -16,7 +16,8 @@ one matrix of an FFN without activation.
 """
 from configurator import configure, die, end_on_signals, one_of, within
 
-end_on_signals()
+if __name__ == "__main__":
+    end_on_signals()  # before the heavy imports
 
 import math
 import os
@@ -29,10 +30,10 @@ import torch.nn as nn
 
 from data.dataset import open_dataset
 from machine import choose_machine
-from model import GPT, GPTConfig, NORMS, save_checkpoint
+from model import NORMS, GPT, GPTConfig, save_checkpoint
 from pretrained import check_tokenizer, read_pretrained, start_from
 
-init_from = "out/ckpt.pt"  # a checkpoint, a folder of hf_export.py's, or GPT-2: a hub id or folder
+init_from = "out/ckpt.pt"  # a checkpoint, hf_export.py's folder, or GPT-2: hub id or folder
 out = "out/faded.pt"  # the checkpoint that is left
 activation = False  # take the activations of the FFNs out, too, after the LayerNorms
 one_by_one = True  # False: all of them in the first one's turn, to compare with
@@ -53,7 +54,7 @@ dtype = "auto"  # auto | float32 | bfloat16: type of the matrix products
 
 
 class FadingLayerNorm(nn.Module):
-    """w (x - mean) / s + b, with log s from log sigma of the row (left = 1) to a number (left = 0)."""
+    """w (x - mean) / s + b, log s from log sigma of the row (left = 1) to a number (left = 0)."""
 
     def __init__(self, norm):
         super().__init__()
@@ -205,8 +206,8 @@ def fade(model, tokens, val, piece, place, kind):
     if kind == torch.bfloat16:
         autocast = torch.autocast(torch.device(place).type, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.param_groups(weight_decay), lr=learning_rate)
-    order = np.random.default_rng(seed).permutation((len(tokens) - 1) // T)
-    n_val = (len(val) - 1) // T
+    n, n_val = ((len(some) - (0 if piece else 1)) // T for some in (tokens, val))  # windows
+    order = np.random.default_rng(seed).permutation(n)
 
     @torch.no_grad()
     def evaluate(model):

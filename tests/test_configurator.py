@@ -114,7 +114,7 @@ def test_help_shows_each_comment():
     assert all(shown.values()), shown
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "plot.py", "bench.py",
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "plot.py", "bench.py", "fade.py",
                                     "data/prepare.py", "experiments/reproduce.py"])
 def test_ctrl_c_in_an_import_is_one_line(script, tmp_path):
     for heavy in ("numpy", "torch"):

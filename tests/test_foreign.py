@@ -1,4 +1,4 @@
-"""plot.py and the README's snippet on Hugging Face models: needs transformers, which is optional."""
+"""plot.py and the README's snippet on Hugging Face models, by transformers, which is optional."""
 import json
 import re
 from importlib.util import find_spec
