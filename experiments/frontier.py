@@ -25,7 +25,8 @@ import subprocess  # noqa: E402
 from glob import glob  # noqa: E402
 
 import reproduce  # noqa: E402
-from plot import COLOURS, read_log, write_figure, write_whole  # noqa: E402
+from draw import COLOURS, write_figure, write_whole  # noqa: E402
+from plot import read_log  # noqa: E402
 from rows import mean  # noqa: E402
 from tables import SEEDS, TABLES  # noqa: E402
 

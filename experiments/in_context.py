@@ -32,9 +32,9 @@ import torch.nn.functional as F  # noqa: E402
 
 import reproduce  # noqa: E402
 from data.dataset import open_dataset  # noqa: E402
+from draw import COLOURS, write_figure, write_whole  # noqa: E402
 from entropy import attention_entropy, causal_attention  # noqa: E402
 from model import GPT, load_checkpoint  # noqa: E402
-from plot import COLOURS, write_figure, write_whole  # noqa: E402
 from tables import SEEDS, TABLES  # noqa: E402
 
 out_dir = "out/reproduce"  # where reproduce.py's runs live
