@@ -45,6 +45,10 @@ ckpt = ""                # role both: a checkpoint; the newest one under out/ if
 archs = ""               # role both: config files of config/, comma-separated, with random weights
 prompt = "def add(a, b):"  # the client's secret
 prompt_ids = ""          # or its token ids, such as 1,2,3, for a model without a tokenizer
+max_new_tokens = 1       # how many tokens the reply may have: the parties know
+prompt_tokens = 0        # how many the prompt is padded to: the parties know; 0: the context
+temperature = 0.0        # of the client's choice among revealed logits; 0: the most likely token
+top_k = 0                # and that among so many of the likeliest; 0: all
 embedding = "private"    # role both: private | public (the client has them, see pi_export.py)
 reveal = "logits"        # what the client learns: logits, or only the most likely token
 windows = 0              # also compare secure with plain on so many windows of held-out text
@@ -81,7 +85,8 @@ seed = 1337
 DAY = 24 * 3600
 BOUNDS = {  # least and most
     "timeout": (5, DAY), "connect_timeout": (1, DAY), "measure_layers": (0, 1000),
-    "windows": (0, 10000), "seed": (0, 2**63 - 1), "n_layer": (1, 1000), "n_head": (1, 1000),
+    "max_new_tokens": (1, 2**16), "prompt_tokens": (0, 2**16), "temperature": (0, 1e6),
+    "top_k": (0, 2**24), "windows": (0, 10000), "seed": (0, 2**63 - 1), "n_layer": (1, 1000), "n_head": (1, 1000),
     "n_embd": (1, 2**16), "block_size": (1, 2**16), "vocab_size": (1, 2**20),
 }
 PATHS = ("private", "public", "windows_file", "tls", "json", "logits_file", "chart", "from_json")
@@ -158,6 +163,8 @@ def describe(model, name, s):
         "nonlinear_ops": {kind: f"{n} x {rows}x{columns}" for kind, (n, (rows, columns)) in ops},
         "flops": model.flops(),
         "settings": {"reveal": reveal, "embedding": embedding, "tls": bool(tls), "seed": seed,
+                     "max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens,
+                     "temperature": temperature, "top_k": top_k,
                      "plain": s.plain, "weights": "random" if archs else "trained"},
         "versions": {"spu": spu.__version__, "torch": torch.__version__,
                      "numpy": numpy.__version__, "python": platform.python_version()},
@@ -189,6 +196,11 @@ def check_settings(given):
     if windows and (reveal == "token" or measure_layers or archs):
         die("--windows compares the logits of a whole trained model: not with --reveal=token, "
             "--measure_layers or --archs", 2)
+    if temperature and reveal == "token":
+        die("--temperature needs revealed logits to choose from: not with --reveal=token", 2)
+    if (plain or baseline) and (max_new_tokens > 1 or prompt_tokens):
+        die("--plain and --baseline are of one token behind a whole context: not with "
+            "--max_new_tokens or --prompt_tokens", 2)
     if network != "none" and protocol == "aby3":
         die("--network joins two parties, and aby3 has three", 2)
     if archs and "prompt" in given:

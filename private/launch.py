@@ -18,7 +18,7 @@ from configurator import on_signals
 from pi_export import export, write
 from private.files import load_public
 from private.meet import ROLES, end_now, free_addresses, host_port
-from private.party import HERE, check_layers, held_out, perplexity, prompt_tokens
+from private.party import HERE, check_settings, held_out, perplexity, read_prompt
 from private.plain import plain_export
 from private.relay import relay
 
@@ -119,8 +119,8 @@ def private_run(s, model, tokenizer):
         logits_file = s.logits_file or os.path.join(folder, "logits.npz")
         write(model, tokenizer, server, plain_export if s.plain else export, s.embedding)
         public = load_public(public_file)
-        check_layers(s, public)
-        ids = prompt_tokens(s, public)
+        check_settings(s, public)
+        ids = read_prompt(s, public)
         texts = held_out(s, public) if s.windows else None
         failed, bytes_tcp = run_parties(s, {
             "client": {"public": public_file, "prompt_ids": ",".join(map(str, ids)),
@@ -138,15 +138,20 @@ def private_run(s, model, tokenizer):
             result["bytes_tcp"] = bytes_tcp
         if "token" in result:
             secure = np.load(logits_file) if s.reveal == "logits" else None
-            result |= beside_plain(model, ids, texts, secure)
+            tokens = result["replies"][0]["tokens"] if "replies" in result else [result["token"]]
+            result |= beside_plain(model, ids, tokens, texts, secure)
         return result
 
 
 @torch.no_grad()
-def beside_plain(model, ids, texts, secure):
-    """How far the revealed logits, "next" (V,) and "windows" (N, T, V), are from the model's."""
-    clear = model(torch.from_numpy(ids)[None])[0][0, -1].numpy()
-    result = {"plain_token": int(clear.argmax())}
+def beside_plain(model, ids, tokens, texts, secure):
+    """
+    How far the revealed logits, "next" (n, V) of the tokens of the reply and "windows" (N, T, V),
+    are from the model's; and the tokens that are likeliest in the clear, each after the reply's.
+    """
+    fed = torch.from_numpy(np.append(ids, tokens[:-1]))
+    clear = model(fed[None])[0][0, len(ids) - 1:].numpy()
+    result = {"plain_token": int(clear[0].argmax()), "plain_tokens": clear.argmax(-1).tolist()}
     if secure is None:
         return result
     errors = [np.abs(secure["next"] - clear).max()]

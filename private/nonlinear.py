@@ -142,6 +142,15 @@ def row_exponentials(s, seen, last=None):
     return jnp.exp(s - s.max(-1, keepdims=True))
 
 
+HIDDEN = -2.0**27  # added to a logit: below any other, and 64 bits hold the difference
+
+
+def next_exponentials(s, hidden):
+    """The same of one row s (H, 1, n), at places where hidden (1, n) is 0; 0 where it's HIDDEN."""
+    s = LOGIT_UNIT * (s + hidden)
+    return jnp.exp(s - s.max(-1, keepdims=True))
+
+
 def secure_exp(u):
     """
     exp(5 (u - 1)) by three squares of linear combinations, a least-squares fit. A logit z units
@@ -209,6 +218,17 @@ def secure_row_exponentials(s, seen, last):
     own = (s[:, 0] @ last.T)[:, None]                                         # (H, 1, 1)
     s = seen * (s - own)                                                      # (H, 1, T)
     return seen * clipped_exp(s - s.max(-1, keepdims=True))                   # (H, 1, T)
+
+
+def secure_next_exponentials(s, hidden):
+    """
+    next_exponentials() of a row that sees itself, whose hidden places are the client's secret. A
+    sum is local, and what is hidden ends at the clip, where secure_exp() is 0.
+
+    Range: logits up to 2^26. Price: clipped_exp(), a comparison and a choice for an entry.
+    """
+    s = s + hidden                                                            # (H, 1, n)
+    return clipped_exp(s - s.max(-1, keepdims=True))                          # (H, 1, n)
 
 
 SUM_LEAST = 0.97   # what a row of secure_exponentials() may sum to in place of 1,
@@ -301,6 +321,7 @@ EXACT = SimpleNamespace(
     normalise=normalise,
     exponentials=exponentials,
     row_exponentials=row_exponentials,
+    next_exponentials=next_exponentials,
     reciprocal=reciprocal,
     activation={name: exact for name, (_, exact, _) in ACTIVATIONS.items()},
 )
@@ -308,6 +329,7 @@ SECURE = SimpleNamespace(
     normalise=by_rows(secure_normalise),
     exponentials=secure_exponentials,
     row_exponentials=secure_row_exponentials,
+    next_exponentials=secure_next_exponentials,
     reciprocal=secure_reciprocal,
     activation={name: secure for name, (_, _, secure) in ACTIVATIONS.items()},
 )

@@ -29,11 +29,13 @@ import torch  # noqa: E402
 from configurator import on_signals  # noqa: E402
 from private.engine import Engine  # noqa: E402
 from private.files import load_embedding, load_public, load_server, write_whole  # noqa: E402
-from private.infer import infer  # noqa: E402
+from private.infer import infer, set_up  # noqa: E402
 from private.meet import (ROLES, end_now, greet, host_port, listen_at, quit_now,  # noqa: E402
                           warn_of_readers)
+from private.reply import Chooser, Text, questions, reply  # noqa: E402
 
-AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides model and code
+AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain", "max_new_tokens",
+          "prompt_tokens")  # besides model and code
 STEP = 10  # times --timeout that a step may take while the other party shows signs of life
 
 
@@ -43,7 +45,7 @@ def tokenizer_of(public):
     return load_tokenizer(public["tokenizer"])
 
 
-def prompt_tokens(s, public):
+def read_prompt(s, public):
     """The client's token ids (n,). ValueError if there are none or the model can't take them."""
     vocabulary, context = public["config"]["vocab_size"], public["config"]["block_size"]
     if s.prompt_ids:
@@ -53,15 +55,27 @@ def prompt_tokens(s, public):
     elif public["tokenizer"]:
         ids = tokenizer_of(public).encode_ordinary(s.prompt)
     elif s.archs:  # random weights take a random prompt
-        ids = np.random.default_rng(s.seed).integers(0, vocabulary, context)
+        length = min(s.prompt_tokens or context, max(1, context + 1 - s.max_new_tokens))
+        ids = np.random.default_rng(s.seed).integers(0, vocabulary, length)
     else:
         raise ValueError("this model has no tokenizer for --prompt: give --prompt_ids=1,2,3")
     if not len(ids):
         raise ValueError("the prompt is empty: give --prompt")
-    if len(ids) > context:
-        raise ValueError(f"the prompt has {len(ids)} tokens and the model's context is {context}: "
-                         "shorten it")
+    check_length(s, len(ids), context)
     return in_vocabulary(np.array(ids), vocabulary, "the prompt")
+
+
+def check_length(s, n, context):
+    """ValueError unless a prompt of n tokens and the reply that is asked for fit the context."""
+    if n > context:
+        raise ValueError(f"the prompt has {n} tokens and the model's context is {context}: "
+                         "shorten it")
+    if n > (s.prompt_tokens or context):
+        raise ValueError(f"the prompt has {n} tokens and --prompt_tokens is {s.prompt_tokens}: "
+                         "shorten it, or have both sides set more")
+    if n + s.max_new_tokens - 1 > context:
+        raise ValueError(f"the prompt has {n} tokens, --max_new_tokens is {s.max_new_tokens} and "
+                         f"the model's context {context}: {context + 1 - n} would fit")
 
 
 def in_vocabulary(ids, size, what):
@@ -84,7 +98,12 @@ def held_out(s, public):
     return in_vocabulary(texts, public["config"]["vocab_size"], path)
 
 
-def check_layers(s, public):
+def check_settings(s, public):
+    """ValueError if the settings don't go with the model."""
+    context = public["config"]["block_size"]
+    if s.prompt_tokens > context:
+        raise ValueError(f"--prompt_tokens must be at most the model's context, {context}, and is "
+                         f"{s.prompt_tokens}")
     if s.measure_layers == 1 and public["embedding"] != "private":
         raise ValueError("--measure_layers must be 0 or at least 2 with a public embedding: the "
                          "first layer, its input the client's own, is cheaper than the rest")
@@ -98,9 +117,9 @@ def load_own(s):
         warn_of_readers(os.path.join(s.private, "server.npz"))
     else:
         public = load_public(s.public)
-    check_layers(s, public)
+    check_settings(s, public)
     if s.role == "client":
-        ids = prompt_tokens(s, public)
+        ids = read_prompt(s, public)
         texts = held_out(s, public) if s.windows else None
         if public["embedding"] != "private":
             weights = load_embedding(os.path.dirname(s.public), public)
@@ -143,17 +162,16 @@ def totals(costs):
     }
 
 
-def next_token(s, public, revealed, say):
-    """The token that was revealed, or that the revealed logits favour, if all layers were run."""
-    layers = public["config"]["n_layer"]
-    if 0 < s.measure_layers < layers:
-        return {"measured_layers": s.measure_layers}
-    token = int(revealed.argmax() if s.reveal == "logits" else revealed)
-    text = ""
-    if public["tokenizer"] and token < tokenizer_of(public).n_vocab:  # else it is padding of V
-        text = repr(tokenizer_of(public).decode([token]))
-    say(f"next token: {token} {text}")
-    return {"measured_layers": layers, "token": token}
+def all_layers(s, public):
+    """Whether the result means something."""
+    return not 0 < s.measure_layers < public["config"]["n_layer"]
+
+
+def in_short(costs, seconds):
+    """What one pass cost; its seconds by the clock, programs and weights prepared among them."""
+    total = totals(costs)
+    return {"bytes": total["bytes_total"], "rounds": total["rounds"], "seconds": total["seconds"],
+            "seconds_wall": seconds}
 
 
 def perplexity(logits, targets):
@@ -173,12 +191,93 @@ def keep(s, result, revealed, of_windows):
         write_json(s.json, result)
     if s.logits_file and "token" in result and s.reveal == "logits":
         windows = np.array(of_windows, np.float32)
-        write_whole(s.logits_file, lambda f: np.savez(f, next=revealed, windows=windows))
+        all_next = np.array(revealed, np.float32)
+        write_whole(s.logits_file, lambda f: np.savez(f, next=all_next, windows=windows))
 
 
 # ------------------------------------------------------------------------------ the run
+class Run:
+    """
+    What has come of a party's run so far, and how its user hears of it. .costs: of all passes; on
+    the client also .replies, a JSON object for each prompt, and .revealed, a list for each.
+    """
+
+    def __init__(self, s, engine, public):
+        self.s, self.engine, self.public = s, engine, public
+        self.started = time.time()
+        self.costs = []
+        self.replies = []
+        self.revealed = []
+        self.whole = all_layers(s, public)
+        self.encoding = tokenizer_of(public) if public["tokenizer"] else None
+
+    def say(self, line, end="\n"):
+        print(line, end=end, file=self.engine.terminal, flush=True)
+
+    def told(self, stage, costs):
+        megabytes = sum(cost[0] for _, _, cost in self.costs + costs) / 1e6
+        self.say(f"{stage:<24} {megabytes:10.1f} MB {time.time() - self.started:8.1f} s")
+
+    def answer(self, weights, ids, chooser):
+        """Run one reply to its end, and show it as it comes. ids: the client's, see reply()."""
+        s, shown = self.s, ids is not None and self.whole
+        mine = {"tokens": [], "text": "", "further": []}
+        if ids is not None:
+            self.replies.append(mine)
+            self.revealed.append([])
+        text = Text(self.encoding)
+        text.add([] if ids is None else ids)
+        began = time.time()
+        for token, revealed, costs in reply(self.engine, self.public, weights, ids, chooser, s,
+                                            self.told):
+            self.costs += costs
+            spent = in_short(costs, time.time() - began)
+            began = time.time()
+            if "prefill" in mine:
+                mine["further"].append(spent)
+            else:
+                mine["prefill"] = spent
+            if shown:
+                self.show(mine, text, token)
+                self.revealed[-1].append(revealed)
+            elif mine["further"]:
+                self.told(f"token {1 + len(mine['further'])}/{s.max_new_tokens}", [])
+        if shown and s.max_new_tokens > 1:
+            self.say("")
+
+    def show(self, mine, text, token):
+        """A token more of the client's reply: the first ends a line that shows the prompt."""
+        before = text.whole
+        if self.s.max_new_tokens == 1:
+            self.say(f"next token: {token} {self.piece(token)}")
+        elif not mine["tokens"]:
+            self.say(before, end="")
+        mine["tokens"].append(token)
+        more = text.add([token])
+        mine["text"] += more
+        if self.s.max_new_tokens > 1:
+            self.say(more, end="")
+
+    def piece(self, token):
+        """A token's text as Python writes it, or "" if it is padding of V."""
+        if self.encoding is None or token >= self.encoding.n_vocab:
+            return ""
+        return repr(self.encoding.decode([token]))
+
+    def result(self):
+        """What the run has cost and, if all layers were run, the replies."""
+        layers = self.public["config"]["n_layer"]
+        result = totals(self.costs) | {"seconds_wall": time.time() - self.started}
+        result["measured_layers"] = layers if self.whole else self.s.measure_layers
+        if self.whole:
+            result["token"] = self.replies[0]["tokens"][0]
+        if self.s.max_new_tokens > 1 or len(self.replies) > 1:
+            result["replies"] = self.replies
+        return result
+
+
 def one_party(s):
-    """Meet, compute, tell. The client prints the next token and writes its result."""
+    """Meet, compute, tell. The client prints the reply and writes its result."""
     rank = ROLES.index(s.role)
     public, weights, ids, texts = load_own(s)
     addresses = s.peer.split(",")
@@ -186,27 +285,23 @@ def one_party(s):
     listen_at(*host_port(s.listen, "--listen")).close()  # SPU has no words for a port that is taken
     session, farewell = greet(rank, addresses, agreement(s, public), s.connect_timeout, s.timeout,
                               s.tls)
-    started = time.time()
     engine = Engine(rank, addresses, s.protocol, STEP * s.timeout, s.connect_timeout / 2, s.tls,
                     s.plain, session)
     engine.terminal.reconfigure(errors="backslashreplace")
-
-    def say(line):
-        print(line, file=engine.terminal, flush=True)
-
-    def told(stage, costs):
-        megabytes = sum(cost[0] for _, _, cost in costs) / 1e6
-        say(f"{stage:<24} {megabytes:10.1f} MB {time.time() - started:8.1f} s")
-
-    revealed, costs = infer(engine, public, weights, ids, told, s.measure_layers, s.reveal)
-    result = totals(costs) | {"seconds_wall": time.time() - started}
+    run = Run(s, engine, public)
+    set_up(engine)
+    run.costs += engine.costs
+    run.told("set-up", [])
+    chooser = Chooser(s, public["tokenizer"])
     of_windows = []
-    if s.role == "client":
-        result |= next_token(s, public, revealed, say)
-        keep(s, result, revealed, of_windows)  # a window may fail yet
+    for prompt in questions(engine, [ids]):
+        run.answer(weights, prompt, chooser)
+        if s.role == "client":
+            result = run.result()
+            keep(s, result, run.revealed[0], of_windows)  # a window may fail yet
     for i in range(s.windows):
         def told_of_window(stage, costs, name=f"window {i + 1}/{s.windows}, "):
-            told(name + stage, costs)
+            run.told(name + stage, costs)
 
         text = None if texts is None else texts[i, :-1]
         logits, _ = infer(engine, public, weights, text, told_of_window, every_row=True)
@@ -220,8 +315,8 @@ def one_party(s):
         if s.windows:
             result["windows"] = s.windows
             result["secure_perplexity"] = perplexity(np.array(of_windows), texts[:, 1:])
-            say(f"perplexity of {s.windows} windows: {result['secure_perplexity']:.2f}")
-        keep(s, result, revealed, of_windows)
+            run.say(f"perplexity of {s.windows} windows: {result['secure_perplexity']:.2f}")
+        keep(s, result, run.revealed[0], of_windows)
 
 
 def end_at_once_on_signals():

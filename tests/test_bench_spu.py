@@ -291,6 +291,69 @@ def test_only_the_token_is_revealed(exported, certificates):
     assert "NO" not in out
 
 
+# ------------------------------------------------------------------------------ replies
+LOUD = {  # models of random weights large enough to have opinions
+    "SM(t)+ScFuFFN": {"learnable_temperature": True, "temperature_init": 0.1},
+    "SM+ScFuFFN, uniform": {"n_layer": 4, "uniform_layers": 2},
+    "SM+LN+G, uniform": {"use_layernorm": True, "use_gelu": True, "fuse_ffn": False,
+                         "learnable_ffn_scale": False, "uniform_layers": 1, "bias": True},
+}
+
+
+def loud(name, seed=0):
+    torch.manual_seed(seed)
+    flags = dict(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=32, use_layernorm=False,
+                 use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True) | LOUD[name]
+    model = GPT(GPTConfig(**flags)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def greedy(model, text, n):
+    """The n tokens that the model continues a text with in the clear."""
+    return model.generate(torch.tensor([list(text.encode())]), n, temperature=0)[0, -n:].tolist()
+
+
+@pytest.mark.parametrize("name, args", [
+    ("SM(t)+ScFuFFN", []),
+    ("SM+ScFuFFN, uniform", ["--prompt_tokens=11", "--embedding=public"]),
+    ("SM+LN+G, uniform", ["--prompt_tokens=16"]),
+])
+def test_a_reply_is_the_text_of_the_clear(name, args, tmp_path):
+    """Token by token up to the end of the context, wherever the prompt's padding ends."""
+    model = loud(name)
+    save_checkpoint(str(tmp_path / "ckpt.pt"), model, tokenizer=TOKENIZER)
+    (r,), out = results_of(tmp_path, f"--ckpt={tmp_path / 'ckpt.pt'}", "--protocol=semi2k",
+                           f"--prompt={PROMPT}", "--max_new_tokens=8", *args)
+    (answer,) = r["replies"]
+    assert answer["tokens"] == r["plain_tokens"] == greedy(model, PROMPT, 8)
+    assert len(set(answer["tokens"])) > 1
+    assert f"\n{PROMPT}" in out
+    assert len(answer["further"]) == 7
+    spent = [answer["prefill"], *answer["further"]]
+    assert sum(one["bytes"] for one in spent) == pytest.approx(r["bytes_total"], rel=0.01)
+    assert "a further one" in out
+    assert r["max_abs_err"] < 0.02 * 10
+
+
+def test_a_reply_of_two_roles_by_tokens_alone(exported, tmp_path):
+    """The server hears the number of tokens. Not the client's prompt, nor what it gets."""
+    folder, model = exported
+    server, client = pair(folder, "--reveal=token", "--max_new_tokens=4", "--prompt_tokens=10",
+                          client=[f"--prompt={PROMPT}", f"--json={tmp_path / 'r.json'}"])
+    out = client.communicate(timeout=200)[0]
+    server_out = server.communicate(timeout=30)[0]
+    assert (client.returncode, server.returncode) == (0, 0), out + server_out
+    (answer,) = json.loads((tmp_path / "r.json").read_text())["replies"]
+    assert answer["tokens"] == greedy(model, PROMPT, 4)
+    assert "token 4/4" in server_out
+    assert PROMPT not in server_out
+    further = answer["further"][-1]
+    assert further["bytes"] < answer["prefill"]["bytes"]
+
+
 # ------------------------------------------------------------------------------ two that don't fit
 def test_a_link_that_cannot_stand_is_given_up(exported):
     """They greet, but the server's --peer isn't where the client listens. SPU would wait on."""
