@@ -21,12 +21,13 @@ import numpy as np
 
 from private.block import (HEAD, add_linear, by_own_temperature, divide_row, ffn, head, linear, now,
                            own_columns, weights_of, without_queries)
-from private.nonlinear import EXACT, HIDDEN, only
+from private.nonlinear import CLIPPED, EXACT, HIDDEN, only
 
 
 class Place(NamedTuple):
     """Where a further token stands: the client's secrets, or arrays in the clear."""
     hidden: Any  # (1, n), HIDDEN at those places that are padding, 0 at all others
+    left: Any    # (1, n), CLIPPED and 0 there
     at: Any      # (1, T), 1 at the token's position and 0 elsewhere
     share: Any   # (1, 1), 1 over the number of tokens up to it
 
@@ -40,8 +41,9 @@ def place_of(position, prompt, padded, room, T):
     hidden = np.zeros((1, room + padded), np.float32)
     hidden[:, :first] = HIDDEN
     hidden[:, first + prompt:first + padded] = HIDDEN
+    left = np.where(hidden, CLIPPED, 0)
     at = np.eye(T, dtype=np.float32)[position:position + 1]
-    return Place(hidden, at, np.full((1, 1), 1 / (position + 1)))
+    return Place(hidden, left, at, np.full((1, 1), 1 / (position + 1)))
 
 
 def make_room(op, last, caches, room):
@@ -88,7 +90,7 @@ def next_attention(op, n, place, cache, w, c, f):
         q = op("temperature", by_own_temperature, q, *w["inverse_t"], place.at)
     kv = cache["kv"] = op("matmul", append, cache["kv"], qkv)                  # (n, 2 d)
     s = op("matmul", next_scores, q, kv, n_head=c.n_head)                      # (H, 1, n)
-    e = op("softmax", f.next_exponentials, s, place.hidden)                    # (H, 1, n)
+    e = op("softmax", f.next_exponentials, s, place.hidden, place.left)        # (H, 1, n)
     y = op("matmul", next_mix, e, kv)                                          # (H, d_k)
     return op("softmax", divide_row, y, e,
               reciprocal=f.reciprocal, most=c.block_size)                      # (1, d)

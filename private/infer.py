@@ -124,10 +124,11 @@ def infer_next(engine, public, weights, token, cache, layers=0, reveal="logits")
 
 def put_place(engine, position, cache, T):
     """The Place of the next token, at `position`, as secrets of the client's."""
-    mine = Place(None, None, None)
+    mine = Place(None, None, None, None)
     if engine.rank == CLIENT:
         mine = place_of(position, cache.prompt, cache.padded, cache.room, T)
-    shapes = Place((1, cache.room + cache.padded), (1, T), (1, 1))
+    n = cache.room + cache.padded
+    shapes = Place((1, n), (1, n), (1, T), (1, 1))
     return Place(*(engine.put(shape, CLIENT, a) for shape, a in zip(shapes, mine)))
 
 

@@ -16,12 +16,13 @@ import torch
 
 from configurator import on_signals
 from pi_export import export, write
-from private.files import load_public
-from private.meet import ROLES, end_now, free_addresses, host_port
-from private.party import HERE, check_settings, held_out, perplexity, read_prompt
+from private.files import load_public, load_server
+from private.meet import ROLES, end_now, free_addresses, host_port, listen_at
+from private.party import HERE, check_settings, held_out, perplexity, read_prompts
 from private.plain import plain_export
 from private.relay import relay
 
+PAUSE = 1  # seconds after a run that failed, which the next may do as well
 GRACE = 5  # seconds that the other parties have to say that one failed
 PARTIES = []
 
@@ -49,7 +50,7 @@ def start_party(s, role, **own):
     """
     party = subprocess.Popen([sys.executable, HERE / "private" / "party.py", role], text=True,
                              stdin=subprocess.PIPE, start_new_session=True,
-                             stdout=None if role == "client" else subprocess.DEVNULL)
+                             stdout=None if role == "client" or s.serve else subprocess.DEVNULL)
     PARTIES.append(party)
     with suppress(BrokenPipeError):  # it has died already, which why_failed() notices
         party.stdin.write(json.dumps(vars(s) | own | {"role": role}) + "\n")
@@ -68,6 +69,23 @@ def end_all(number, frame):
     for party in PARTIES:
         party.kill()
     end_now(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+
+def serve_clients(s):
+    """
+    Role server with --serve: one client after the other, until a signal ends it. Each has a process
+    of its own here, which ends with it, so that nothing of a client is left for the next. Raises
+    what load_server() and listen_at() raise; what goes wrong later is a line, and the next is served.
+    """
+    on_signals(end_all)
+    load_server(s.private)
+    listen_at(*host_port(s.listen, "--listen")).close()
+    while True:
+        start_party(s, "server")
+        failed = PARTIES[0].wait()
+        PARTIES.clear()
+        if failed:
+            time.sleep(PAUSE)
 
 
 def why_failed(roles):
@@ -120,10 +138,10 @@ def private_run(s, model, tokenizer):
         write(model, tokenizer, server, plain_export if s.plain else export, s.embedding)
         public = load_public(public_file)
         check_settings(s, public)
-        ids = read_prompt(s, public)
+        prompts = read_prompts(s, public)
         texts = held_out(s, public) if s.windows else None
         failed, bytes_tcp = run_parties(s, {
-            "client": {"public": public_file, "prompt_ids": ",".join(map(str, ids)),
+            "client": {"public": public_file, "prompt_ids": ";".join(",".join(map(str, ids)) for ids in prompts),
                        "json": result_file, "logits_file": logits_file},
             "server": {"private": server},
             "helper": {"public": public_file},
@@ -138,19 +156,22 @@ def private_run(s, model, tokenizer):
             result["bytes_tcp"] = bytes_tcp
         if "token" in result:
             secure = np.load(logits_file) if s.reveal == "logits" else None
-            tokens = result["replies"][0]["tokens"] if "replies" in result else [result["token"]]
-            result |= beside_plain(model, ids, tokens, texts, secure)
+            replies = result.get("replies", [{"tokens": [result["token"]]}])
+            result |= beside_plain(model, prompts, replies, texts, secure)
         return result
 
 
 @torch.no_grad()
-def beside_plain(model, ids, tokens, texts, secure):
+def beside_plain(model, prompts, replies, texts, secure):
     """
-    How far the revealed logits, "next" (n, V) of the tokens of the reply and "windows" (N, T, V),
-    are from the model's; and the tokens that are likeliest in the clear, each after the reply's.
+    How far the revealed logits, "next" (n, V) of all tokens of the replies and "windows" (N, T, V),
+    are from the model's; and the tokens that are likeliest in the clear, each after those before.
     """
-    fed = torch.from_numpy(np.append(ids, tokens[:-1]))
-    clear = model(fed[None])[0][0, len(ids) - 1:].numpy()
+    clear = []
+    for ids, reply in zip(prompts, replies):
+        fed = torch.tensor([*ids, *reply["tokens"][:-1]])
+        clear.append(model(fed[None])[0][0, len(ids) - 1:].numpy())
+    clear = np.concatenate(clear)                                              # (n, V)
     result = {"plain_token": int(clear[0].argmax()), "plain_tokens": clear.argmax(-1).tolist()}
     if secure is None:
         return result

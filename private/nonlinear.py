@@ -145,8 +145,11 @@ def row_exponentials(s, seen, last=None):
 HIDDEN = -2.0**27  # added to a logit: below any other, and 64 bits hold the difference
 
 
-def next_exponentials(s, hidden):
-    """The same of one row s (H, 1, n), at places where hidden (1, n) is 0; 0 where it's HIDDEN."""
+def next_exponentials(s, hidden, left):
+    """
+    The same of one row s (H, 1, n), at places where hidden (1, n) is 0; 0 where it is HIDDEN. left:
+    see secure_next_exponentials().
+    """
     s = LOGIT_UNIT * (s + hidden)
     return jnp.exp(s - s.max(-1, keepdims=True))
 
@@ -166,6 +169,9 @@ def secure_exp(u):
     z2 = square(z1 + q[0] * u)
     z3 = square(z2 + q[1] * z1 + q[2] * u)
     return e[0] * z3 + e[1] * z2 + e[2] * z1 + e[3] * u + e[4]
+
+
+CLIPPED = 4.914e-5  # secure_exp(-1)
 
 
 def clipped_exp(z):
@@ -220,15 +226,16 @@ def secure_row_exponentials(s, seen, last):
     return seen * clipped_exp(s - s.max(-1, keepdims=True))                   # (H, 1, T)
 
 
-def secure_next_exponentials(s, hidden):
+def secure_next_exponentials(s, hidden, left):
     """
-    next_exponentials() of a row that sees itself, whose hidden places are the client's secret. A
-    sum is local, and what is hidden ends at the clip, where secure_exp() is 0.
+    next_exponentials() of a row that sees itself, whose hidden places are the client's secret. Sums
+    are local: what is hidden is far below the clip, where secure_exp() is CLIPPED, and that much,
+    the client's left (1, n), is taken away again.
 
     Range: logits up to 2^26. Price: clipped_exp(), a comparison and a choice for an entry.
     """
     s = s + hidden                                                            # (H, 1, n)
-    return clipped_exp(s - s.max(-1, keepdims=True))                          # (H, 1, n)
+    return clipped_exp(s - s.max(-1, keepdims=True)) - left                   # (H, 1, n)
 
 
 SUM_LEAST = 0.97   # what a row of secure_exponentials() may sum to in place of 1,

@@ -32,41 +32,52 @@ from private.files import load_embedding, load_public, load_server, write_whole 
 from private.infer import infer, set_up  # noqa: E402
 from private.meet import (ROLES, end_now, greet, host_port, listen_at, quit_now,  # noqa: E402
                           warn_of_readers)
-from private.reply import Chooser, Text, questions, reply  # noqa: E402
+from private.reply import Run, questions, tokenizer_of  # noqa: E402
 
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain", "max_new_tokens",
           "prompt_tokens")  # besides model and code
+PROMPT_IDS = "[0-9]{1,9}([,;][0-9]{1,9})*"  # of several prompts, one after each semicolon
+DAY = 24 * 3600
 STEP = 10  # times --timeout that a step may take while the other party shows signs of life
 
 
 # ------------------------------------------------------------------------------ what a party holds
-def tokenizer_of(public):
-    from data.prepare import load_tokenizer
-    return load_tokenizer(public["tokenizer"])
-
-
-def read_prompt(s, public):
-    """The client's token ids (n,). ValueError if there are none or the model can't take them."""
+def read_prompts(s, public):
+    """The client's prompts, arrays of token ids. ValueError if the model can't take one."""
     vocabulary, context = public["config"]["vocab_size"], public["config"]["block_size"]
     if s.prompt_ids:
-        if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", s.prompt_ids):
+        if not re.fullmatch(PROMPT_IDS, s.prompt_ids):
             raise ValueError(f"--prompt_ids must be like 1,2,3, and is {s.prompt_ids!r}")
-        ids = [int(i) for i in s.prompt_ids.split(",")]
+        prompts = [[int(i) for i in ids.split(",")] for ids in s.prompt_ids.split(";")]
     elif public["tokenizer"]:
-        ids = tokenizer_of(public).encode_ordinary(s.prompt)
+        texts = lines_of(s.prompts) if s.prompts else [s.prompt]
+        prompts = [tokenizer_of(public).encode_ordinary(text) for text in texts]
     elif s.archs:  # random weights take a random prompt
         length = min(s.prompt_tokens or context, max(1, context + 1 - s.max_new_tokens))
-        ids = np.random.default_rng(s.seed).integers(0, vocabulary, length)
+        prompts = [np.random.default_rng(s.seed).integers(0, vocabulary, length)]
     else:
         raise ValueError("this model has no tokenizer for --prompt: give --prompt_ids=1,2,3")
-    if not len(ids):
-        raise ValueError("the prompt is empty: give --prompt")
-    check_length(s, len(ids), context)
-    return in_vocabulary(np.array(ids), vocabulary, "the prompt")
+    for ids in prompts:
+        check_length(s, len(ids), context)
+    return [in_vocabulary(np.array(ids), vocabulary, "the prompt") for ids in prompts]
+
+
+def lines_of(path):
+    """The lines of a text file that have any content. ValueError if there are none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f.read().splitlines() if line.strip()]
+    except (OSError, UnicodeError) as e:
+        raise ValueError(f"can't read --prompts={path}: {e}") from e
+    if not lines:
+        raise ValueError(f"--prompts={path} has no prompt: a line for each")
+    return lines
 
 
 def check_length(s, n, context):
     """ValueError unless a prompt of n tokens and the reply that is asked for fit the context."""
+    if not n:
+        raise ValueError("the prompt is empty: give --prompt")
     if n > context:
         raise ValueError(f"the prompt has {n} tokens and the model's context is {context}: "
                          "shorten it")
@@ -110,8 +121,8 @@ def check_settings(s, public):
 
 
 def load_own(s):
-    """(public, weights, ids, texts) of a party, None for what isn't its own to hold."""
-    weights = ids = texts = None
+    """(public, weights, prompts, texts) of a party, None for what isn't its own to hold."""
+    weights = prompts = texts = None
     if s.role == "server":
         public, weights = load_server(s.private)
         warn_of_readers(os.path.join(s.private, "server.npz"))
@@ -119,11 +130,11 @@ def load_own(s):
         public = load_public(s.public)
     check_settings(s, public)
     if s.role == "client":
-        ids = read_prompt(s, public)
+        prompts = read_prompts(s, public)
         texts = held_out(s, public) if s.windows else None
         if public["embedding"] != "private":
             weights = load_embedding(os.path.dirname(s.public), public)
-    return public, weights, ids, texts
+    return public, weights, prompts, texts
 
 
 def agreement(s, public):
@@ -145,35 +156,6 @@ def agreement(s, public):
 
 
 # ------------------------------------------------------------------------------ what it tells
-def totals(costs):
-    """The costs of infer() added up: in all, and by kind of operation."""
-    by_kind = {}
-    for kind, times, cost in costs:
-        by_kind[kind] = by_kind.get(kind, 0) + times * cost
-    total = sum(by_kind.values())
-    return {
-        "bytes_total": int(total[0]),
-        "bytes_by_kind": {kind: int(cost[0]) for kind, cost in by_kind.items()},
-        "bytes_of_truncations": int(total[3]),
-        "rounds": int(total[1]),
-        "rounds_by_kind": {kind: int(cost[1]) for kind, cost in by_kind.items()},
-        "seconds": float(total[2]),
-        "seconds_by_kind": {kind: float(cost[2]) for kind, cost in by_kind.items()},
-    }
-
-
-def all_layers(s, public):
-    """Whether the result means something."""
-    return not 0 < s.measure_layers < public["config"]["n_layer"]
-
-
-def in_short(costs, seconds):
-    """What one pass cost; its seconds by the clock, programs and weights prepared among them."""
-    total = totals(costs)
-    return {"bytes": total["bytes_total"], "rounds": total["rounds"], "seconds": total["seconds"],
-            "seconds_wall": seconds}
-
-
 def perplexity(logits, targets):
     """exp of the mean cross-entropy: logits (N, T, V), targets (N, T)."""
     logits = torch.from_numpy(logits).double().flatten(0, 1)
@@ -186,7 +168,10 @@ def write_json(path, value):
 
 
 def keep(s, result, revealed, of_windows):
-    """Write the client's result, and the revealed logits of a whole model, where asked for."""
+    """
+    Write the client's result, and the revealed logits of a whole model, where asked for: "next"
+    (n, V) of all tokens of all replies, "windows" (N, T, V).
+    """
     if s.json:
         write_json(s.json, result)
     if s.logits_file and "token" in result and s.reveal == "logits":
@@ -196,109 +181,27 @@ def keep(s, result, revealed, of_windows):
 
 
 # ------------------------------------------------------------------------------ the run
-class Run:
-    """
-    What has come of a party's run so far, and how its user hears of it. .costs: of all passes; on
-    the client also .replies, a JSON object for each prompt, and .revealed, a list for each.
-    """
-
-    def __init__(self, s, engine, public):
-        self.s, self.engine, self.public = s, engine, public
-        self.started = time.time()
-        self.costs = []
-        self.replies = []
-        self.revealed = []
-        self.whole = all_layers(s, public)
-        self.encoding = tokenizer_of(public) if public["tokenizer"] else None
-
-    def say(self, line, end="\n"):
-        print(line, end=end, file=self.engine.terminal, flush=True)
-
-    def told(self, stage, costs):
-        megabytes = sum(cost[0] for _, _, cost in self.costs + costs) / 1e6
-        self.say(f"{stage:<24} {megabytes:10.1f} MB {time.time() - self.started:8.1f} s")
-
-    def answer(self, weights, ids, chooser):
-        """Run one reply to its end, and show it as it comes. ids: the client's, see reply()."""
-        s, shown = self.s, ids is not None and self.whole
-        mine = {"tokens": [], "text": "", "further": []}
-        if ids is not None:
-            self.replies.append(mine)
-            self.revealed.append([])
-        text = Text(self.encoding)
-        text.add([] if ids is None else ids)
-        began = time.time()
-        for token, revealed, costs in reply(self.engine, self.public, weights, ids, chooser, s,
-                                            self.told):
-            self.costs += costs
-            spent = in_short(costs, time.time() - began)
-            began = time.time()
-            if "prefill" in mine:
-                mine["further"].append(spent)
-            else:
-                mine["prefill"] = spent
-            if shown:
-                self.show(mine, text, token)
-                self.revealed[-1].append(revealed)
-            elif mine["further"]:
-                self.told(f"token {1 + len(mine['further'])}/{s.max_new_tokens}", [])
-        if shown and s.max_new_tokens > 1:
-            self.say("")
-
-    def show(self, mine, text, token):
-        """A token more of the client's reply: the first ends a line that shows the prompt."""
-        before = text.whole
-        if self.s.max_new_tokens == 1:
-            self.say(f"next token: {token} {self.piece(token)}")
-        elif not mine["tokens"]:
-            self.say(before, end="")
-        mine["tokens"].append(token)
-        more = text.add([token])
-        mine["text"] += more
-        if self.s.max_new_tokens > 1:
-            self.say(more, end="")
-
-    def piece(self, token):
-        """A token's text as Python writes it, or "" if it is padding of V."""
-        if self.encoding is None or token >= self.encoding.n_vocab:
-            return ""
-        return repr(self.encoding.decode([token]))
-
-    def result(self):
-        """What the run has cost and, if all layers were run, the replies."""
-        layers = self.public["config"]["n_layer"]
-        result = totals(self.costs) | {"seconds_wall": time.time() - self.started}
-        result["measured_layers"] = layers if self.whole else self.s.measure_layers
-        if self.whole:
-            result["token"] = self.replies[0]["tokens"][0]
-        if self.s.max_new_tokens > 1 or len(self.replies) > 1:
-            result["replies"] = self.replies
-        return result
-
-
 def one_party(s):
     """Meet, compute, tell. The client prints the reply and writes its result."""
     rank = ROLES.index(s.role)
-    public, weights, ids, texts = load_own(s)
+    public, weights, prompts, texts = load_own(s)
     addresses = s.peer.split(",")
     addresses.insert(rank, s.listen)
     listen_at(*host_port(s.listen, "--listen")).close()  # SPU has no words for a port that is taken
-    session, farewell = greet(rank, addresses, agreement(s, public), s.connect_timeout, s.timeout,
-                              s.tls)
+    patience = DAY if s.serve else s.connect_timeout
+    session, farewell = greet(rank, addresses, agreement(s, public), patience, s.timeout, s.tls)
     engine = Engine(rank, addresses, s.protocol, STEP * s.timeout, s.connect_timeout / 2, s.tls,
                     s.plain, session)
     engine.terminal.reconfigure(errors="backslashreplace")
-    run = Run(s, engine, public)
+    run = Run(s, engine, public, weights)
     set_up(engine)
-    run.costs += engine.costs
-    run.told("set-up", [])
-    chooser = Chooser(s, public["tokenizer"])
+    run.spent(engine.costs, "set-up")
     of_windows = []
-    for prompt in questions(engine, [ids]):
-        run.answer(weights, prompt, chooser)
+    for ids in questions(engine, prompts):
+        run.answer(ids)
         if s.role == "client":
             result = run.result()
-            keep(s, result, run.revealed[0], of_windows)  # a window may fail yet
+            keep(s, result, run.revealed, of_windows)  # what follows may fail yet
     for i in range(s.windows):
         def told_of_window(stage, costs, name=f"window {i + 1}/{s.windows}, "):
             run.told(name + stage, costs)
@@ -306,6 +209,8 @@ def one_party(s):
         text = None if texts is None else texts[i, :-1]
         logits, _ = infer(engine, public, weights, text, told_of_window, every_row=True)
         of_windows.append(logits)
+    if s.serve:
+        run.say(run.summary())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # The client names no memory of its own to the others: it could tell of its text.
     others = farewell({s.role: peak} if s.role == "server" else {})
@@ -316,7 +221,7 @@ def one_party(s):
             result["windows"] = s.windows
             result["secure_perplexity"] = perplexity(np.array(of_windows), texts[:, 1:])
             run.say(f"perplexity of {s.windows} windows: {result['secure_perplexity']:.2f}")
-        keep(s, result, run.revealed[0], of_windows)
+        keep(s, result, run.revealed, of_windows)
 
 
 def end_at_once_on_signals():

@@ -50,7 +50,7 @@ def layers_run(r):
 
 def tokens_of(r):
     """How many tokens a run made; of one whose result means nothing, passes."""
-    return sum(1 + len(reply["further"]) for reply in r.get("replies", [{"further": []}]))
+    return sum(len(reply["passes"]) for reply in r.get("replies", [{"passes": [None]}]))
 
 
 def same_as_plain(r):
@@ -59,7 +59,8 @@ def same_as_plain(r):
         return ""
     if "replies" not in r:
         return "yes" if r["token"] == r["plain_token"] else "NO"
-    same = [a == b for a, b in zip(r["replies"][0]["tokens"], r["plain_tokens"])]
+    tokens = [token for reply in r["replies"] for token in reply["tokens"]]
+    same = [a == b for a, b in zip(tokens, r["plain_tokens"])]
     return "yes" if all(same) else f"NO, {sum(same)} of {len(same)}"
 
 
@@ -95,9 +96,9 @@ def table(results):
         ("layers run, of", layers_run),
         ("tokens", lambda r: f"{tokens_of(r)}" if "replies" in r else ""),
         ("  the first: MB / messages / s",
-         lambda r: on_average([reply["prefill"] for reply in r["replies"]])),
+         lambda r: on_average([reply["passes"][0] for reply in r["replies"]])),
         ("  a further one",
-         lambda r: on_average([one for reply in r["replies"] for one in reply["further"]])),
+         lambda r: on_average([one for reply in r["replies"] for one in reply["passes"][1:]])),
     ]
     if len(results) > 1:
         rows += [

@@ -331,9 +331,11 @@ def test_a_reply_is_the_text_of_the_clear(name, args, tmp_path):
     assert answer["tokens"] == r["plain_tokens"] == greedy(model, PROMPT, 8)
     assert len(set(answer["tokens"])) > 1
     assert f"\n{PROMPT}" in out
-    assert len(answer["further"]) == 7
-    spent = [answer["prefill"], *answer["further"]]
-    assert sum(one["bytes"] for one in spent) == pytest.approx(r["bytes_total"], rel=0.01)
+    assert len(answer["passes"]) == 8
+    first, *further = (one["bytes"] for one in answer["passes"])
+    assert {*further} == {further[0]}
+    spent = first + sum(further)
+    assert spent == pytest.approx(r["bytes_total"], rel=0.01)
     assert "a further one" in out
     assert r["max_abs_err"] < 0.02 * 10
 
@@ -350,8 +352,44 @@ def test_a_reply_of_two_roles_by_tokens_alone(exported, tmp_path):
     assert answer["tokens"] == greedy(model, PROMPT, 4)
     assert "token 4/4" in server_out
     assert PROMPT not in server_out
-    further = answer["further"][-1]
-    assert further["bytes"] < answer["prefill"]["bytes"]
+
+
+def test_a_server_serves_one_client_after_the_other(exported, tmp_path):
+    """
+    One that asks two questions of one set-up, one that is killed in the middle, one that has other
+    settings; and the next is served. Its text is drawn with the seed as the model's in the clear.
+    """
+    folder, model = exported
+    c, s = free_addresses(2)
+    both = ["--protocol=semi2k", "--max_new_tokens=3", f"--prompt_tokens={len(PROMPT)}"]
+    server = popen("--role=server", "--serve=True", f"--private={folder / 'server'}",
+                   f"--listen={s}", f"--peer={c}", *both)
+
+    def client(*args):
+        return popen("--role=client", f"--public={folder / 'client' / 'public.json'}",
+                     f"--listen={c}", f"--peer={s}", f"--json={tmp_path / 'r.json'}",
+                     "--connect_timeout=60", *both, *args)
+
+    (tmp_path / "questions.txt").write_text(f"{PROMPT}\n\ndef\n")
+    assert client(f"--prompts={tmp_path / 'questions.txt'}").wait(timeout=100) == 0
+    replies = json.loads((tmp_path / "r.json").read_text())["replies"]
+    assert [reply["tokens"] for reply in replies] == [greedy(model, PROMPT, 3),
+                                                      greedy(model, "def", 3)]
+    killed = client(f"--prompt={PROMPT}")
+    killed.stdout.readline()  # the set-up is done
+    killed.kill()
+    stranger = client(f"--prompt={PROMPT}", "--reveal=token")
+    assert "another reveal" in stranger.communicate(timeout=60)[0]
+    last = client(f"--prompt={PROMPT}", "--temperature=1.5", "--top_k=20", "--seed=4")
+    assert last.wait(timeout=100) == 0
+    drawn = model.generate(torch.tensor([list(PROMPT.encode())]), 3, 1.5, 20,
+                           torch.Generator().manual_seed(4))[0, -3:].tolist()
+    assert json.loads((tmp_path / "r.json").read_text())["replies"][0]["tokens"] == drawn
+    server.send_signal(signal.SIGINT)
+    lines = server.communicate(timeout=10)[0].splitlines()
+    said = [line.split(":")[0] for line in lines]
+    assert said == ["served 2 prompts, 6 tokens", "error", "error", "served 1 prompts, 3 tokens",
+                    "stopped by SIGINT"]
 
 
 # ------------------------------------------------------------------------------ two that don't fit
@@ -553,6 +591,15 @@ NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,
     (["--ckpt={bare}"], 1, NO_TOKENIZER),
     (["--ckpt={bare}", "--prompt=def"], 1, NO_TOKENIZER),
     (["--ckpt=nowhere.pt"], 1, "no checkpoint at nowhere.pt"),
+    ([*CLIENT, *PLACES, "--prompt=def f(x):", "--max_new_tokens=9"], 1, "16: 8 would fit"),
+    ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=2"], 1, "--prompt_tokens is 2"),
+    ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=17"], 1, "at most the model's context"),
+    ([*CLIENT, *PLACES, "--prompts=nowhere.txt"], 1, "can't read --prompts=nowhere.txt"),
+    ([*CLIENT, *PLACES, "--prompts=/dev/null"], 1, "--prompts=/dev/null has no prompt"),
+    ([*CLIENT, *PLACES, "--temperature=1", "--reveal=token"], 2, "not with --reveal=token"),
+    ([*SERVER, *PLACES, "--serve=True", "--private={client}"], 1, "server.npz"),
+    ([*CKPT, "--serve=True"], 2, "--serve is for --role=server"),
+    ([*CKPT, "--plain=True", "--max_new_tokens=2"], 2, "--plain and --baseline"),
     (["--archs=sm_lng"], 2, "no architecture 'sm_lng'"),
     (["--archs=sm_ln_g", "--n_head=5"], 2, "cannot be split"),
     (["--archs=sm_ln_g", "--uniform_layers=13"], 2, "at most n_layer=12, and is 13"),
