@@ -85,6 +85,7 @@ temperature_init = 1.0   # of the architectures with learnable temperatures
 bias = False             # biases in every linear layer
 gelu_tanh = False        # GPT-2's tanh GELU
 uniform_layers = 0       # first layers whose heads average, without softmax
+positional_layers = 0    # the next ones, which attend by position alone
 seed = 1337
 
 DAY = 24 * 3600
@@ -157,7 +158,8 @@ def describe(model, name, s):
     import numpy
     import spu
     import torch
-    sizes = ("n_layer", "uniform_layers", "block_size", "n_embd", "n_head", "vocab_size")
+    sizes = ("n_layer", "uniform_layers", "positional_layers", "block_size", "n_embd", "n_head",
+             "vocab_size")
     ops = model.nonlinear_ops().items()
     return {
         "arch": name,

@@ -121,7 +121,7 @@ def check_memory(config, batch_size, device):
     """
     c = config
     weights = c.n_layer * c.n_embd**2 * (5 if c.fuse_ffn else 12)  # Q, K, V, O and the FFN
-    weights -= c.uniform_layers * 2 * c.n_embd**2  # which have no Q and K
+    weights -= (c.n_layer - c.softmax_layers) * 2 * c.n_embd**2  # which have no Q and K
     weights += (c.vocab_size + c.block_size) * c.n_embd
     least = 4 * 4 * weights + 4 * batch_size * c.block_size * c.vocab_size  # of 4 bytes each
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

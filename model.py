@@ -8,7 +8,7 @@ Notable features:
   (eq. 9), weight / spectral norm
 - biases where the paper's code base has them: on Q, K and LayerNorm; none on V, the output
   projection and the FFN
-- first layers whose heads average, if wanted: attention of the largest entropy, without softmax
+- first layers whose heads average, if wanted, or attend by position alone: no softmax of the text
 - attention entropies of every layer, head and query position, in nats, when asked for
 - counts its own nonlinear operations and FLOPs, as the paper's tables do
 
@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-from entropy import attention_with_entropy, causal_block_mask
+from entropy import (attention_entropy, attention_with_entropy, causal_average,
+                     causal_block_mask)
 from gpt2 import read_gpt2
 
 NORM_PLACES = ("none", "qk", "ffn", "qk+ffn", "qkv+ffn", "qkvo+ffn")  # the columns of Table 4
@@ -88,6 +89,7 @@ class GPTConfig:
     bias: bool = False  # biases also on V, output projection and FFN, as OpenAI's GPT-2 has them
     gelu_tanh: bool = False  # GELU by its tanh approximation, OpenAI's GPT-2's; slower on a CPU
     uniform_layers: int = 0  # the first so many average what a position sees: no softmax, Q, K
+    positional_layers: int = 0  # the next so many attend by a learned pattern of distances alone
 
     def __post_init__(self):
         """Refuse what cannot be built. Raises ValueError with a sentence."""
@@ -102,6 +104,9 @@ class GPTConfig:
         if not 0 <= self.uniform_layers <= self.n_layer:
             raise ValueError(f"uniform_layers must be at least 0 and at most n_layer={self.n_layer}"
                              f", and is {self.uniform_layers}")
+        if not 0 <= self.positional_layers <= self.n_layer - self.uniform_layers:
+            raise ValueError("positional_layers must be at least 0, and with uniform_layers at most "
+                             f"n_layer={self.n_layer}, and is {self.positional_layers}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} cannot be split among {self.n_head} heads")
         flags = [f"use_{name}" for name in self.activations]
@@ -129,6 +134,11 @@ class GPTConfig:
         return "gelu_tanh" if name == "gelu" and self.gelu_tanh else name
 
     @property
+    def softmax_layers(self):
+        """How many layers, the last ones, take a softmax of the text."""
+        return self.n_layer - self.uniform_layers - self.positional_layers
+
+    @property
     def name(self):
         """The paper's name of this architecture (Table 1), such as SM+LN+G or SM(t)+ScFuFFN."""
         parts = ["SM"]
@@ -146,9 +156,10 @@ class GPTConfig:
             if getattr(self, key) != "none":
                 parts.append(f"{name}({getattr(self, key).upper()})")
         parts = ["+".join(parts)]
-        if self.uniform_layers:
-            plural = "" if self.uniform_layers == 1 else "s"
-            parts.append(f"{self.uniform_layers} uniform layer{plural}")
+        for kind in ("uniform", "positional"):
+            if count := getattr(self, f"{kind}_layers"):
+                plural = "" if count == 1 else "s"
+                parts.append(f"{count} {kind} layer{plural}")
         if not self.final_layernorm:
             parts.append("no ln_f")
         return ", ".join(parts)
@@ -274,6 +285,10 @@ class UniformAttention(nn.Module):
         self.v = linear(c, c.n_embd, c.n_embd, "v", bias=c.bias)
         self.o = linear(c, c.n_embd, c.n_embd, "o", bias=c.bias)
 
+    def pattern(self, T):
+        """A, (H, T, T): C for every head."""
+        return causal_average(T).expand(self.n_head, T, T)
+
     def forward(self, x, return_entropy=False, block_mask=None, cache=None):
         """Attention.forward(), whose arguments these are; block_mask is not needed."""
         B, T, d = x.shape
@@ -287,6 +302,40 @@ class UniformAttention(nn.Module):
             entropy = torch.arange(1, T + 1, device=x.device, dtype=wide).log()
             entropy = entropy.expand(B, self.n_head, T)
         return self.o(y), entropy
+
+
+class PositionalAttention(nn.Module):
+    """
+    Attention by position alone: A(h)_ij is the softmax over j <= i of r(h, i - j), a learned number
+    for each head and distance, 0 at first, so that it starts as UniformAttention. That softmax is
+    of weights and not of the text: under MPC their owner takes it in the clear, and A V is a
+    product of a private matrix by a secret one.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.v = linear(c, c.n_embd, c.n_embd, "v", bias=c.bias)
+        self.o = linear(c, c.n_embd, c.n_embd, "o", bias=c.bias)
+        self.by_distance = nn.Parameter(torch.zeros(c.n_head, c.block_size))
+
+    def pattern(self, T):
+        """A, (H, T, T), causal, float32 or wider."""
+        i = torch.arange(T, device=self.by_distance.device)
+        distance = i[:, None] - i                                      # (T, T)
+        r = self.by_distance[:, distance.clamp(min=0)]                 # (H, T, T)
+        return r.masked_fill(distance < 0, float("-inf")).softmax(-1)  # (H, T, T)
+
+    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
+        """Attention.forward(), whose arguments these are; block_mask is not needed."""
+        B, T, d = x.shape
+        v = self.v(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, d_k)
+        if cache is not None:
+            v = extended(cache, "v", v)                            # (B, H, past + T, d_k)
+        A = self.pattern(v.shape[2])[:, -T:]                       # (H, T, past + T)
+        entropy = attention_entropy(A).expand(B, -1, -1) if return_entropy else None
+        y = A.to(v.dtype) @ v                                      # (B, H, T, d_k)
+        return self.o(y.transpose(1, 2).reshape(B, T, d)), entropy
 
 
 class FFN(nn.Module):
@@ -312,11 +361,11 @@ class Block(nn.Module):
     alpha = beta = 1 where they are not learned.
     """
 
-    def __init__(self, c, uniform):
+    def __init__(self, c, attention):
         super().__init__()
         self.ln_1 = layernorm(c.use_layernorm, c)
         self.ln_2 = layernorm(c.use_layernorm, c)
-        self.attn = UniformAttention(c) if uniform else Attention(c)
+        self.attn = attention(c)
         self.ffn = FFN(c)
         if c.learnable_ffn_scale:
             self.alpha = nn.Parameter(torch.ones(()))
@@ -337,7 +386,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(c, i < c.uniform_layers) for i in range(c.n_layer))
+        kinds = [UniformAttention] * c.uniform_layers
+        kinds += [PositionalAttention] * c.positional_layers
+        kinds += [Attention] * c.softmax_layers
+        self.blocks = nn.ModuleList(Block(c, attention) for attention in kinds)
         self.ln_f = layernorm(c.final_layernorm, c)
 
     def forward(self, idx, targets=None, return_entropy=False, cache=None):
@@ -392,8 +444,7 @@ class GPT(nn.Module):
         As there, the final LayerNorm isn't counted.
         """
         c = self.config
-        softmaxes = (c.n_layer - c.uniform_layers) * c.n_head
-        ops = {"SM": (softmaxes, (c.block_size, c.block_size))}
+        ops = {"SM": (c.softmax_layers * c.n_head, (c.block_size, c.block_size))}
         if c.use_layernorm:
             ops["LN"] = (2 * c.n_layer, (c.block_size, c.n_embd))
         if c.activation != "none":
@@ -404,14 +455,18 @@ class GPT(nn.Module):
         """
         FLOPs of one forward pass over T = block_size tokens as the paper's tables count them:
         {"ffn": , "attn": }. Q K^T counts whole, A V only its causal half; embedding and vocabulary
-        projection are left out. An average counts an addition and a division for each number.
+        projection are left out, and softmaxes of weights alone. An average counts an addition and a
+        division for each number.
         """
         c = self.config
         L, T, d = c.n_layer, c.block_size, c.n_embd
         softmax = 2 * T * 4 * d * d + 3 * T * T * d
         uniform = 2 * T * 2 * d * d + 2 * T * d
+        positional = 2 * T * 2 * d * d + T * T * d
+        attn = (c.softmax_layers * softmax + c.uniform_layers * uniform
+                + c.positional_layers * positional)
         return {"ffn": L * 2 * T * d * d * (1 if c.fuse_ffn else 8),
-                "attn": (L - c.uniform_layers) * softmax + c.uniform_layers * uniform}
+                "attn": attn}
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):

@@ -28,6 +28,7 @@ truncation, so whatever algebra can do in the clear is done here, once, in float
   X_out = X + MHA(X), with two secret matrices to a block
 - W_V W_O of a layer whose heads average, X + C X M, C_ij = 1/i for j <= i -> one d x d matrix M;
   several such layers in a row in a softmax-only model -> one product, see fold_run()
+- the pattern of a layer that attends by position alone -> A itself (H, T, T), the server's
 
 The temperature per query position (eq. 9) does not fold: row i of Q is divided by t_i, which no
 matrix on the right of X does. Dividing Q, T x d numbers, is the cheapest exact place; the logits
@@ -53,7 +54,7 @@ try:
 except ImportError:
     die("jax is missing: it comes with spu, which needs Python 3.10 or 3.11; then "
         "pip install -r requirements.txt")
-from model import GPT, UniformAttention, load_checkpoint  # noqa: E402
+from model import GPT, PositionalAttention, UniformAttention, load_checkpoint  # noqa: E402
 from private.files import write_files  # noqa: E402
 from private.ranges import check_range  # noqa: E402
 
@@ -176,12 +177,26 @@ def fold_uniform(block, c):
     return after_norm(block.ln_1, W_v @ W_o, b_v @ W_o + b_o)
 
 
+def fold_positional(block, c):
+    """
+    "pattern", A (H, T, T) of a positional layer; "value", the matrix of V; "o", (W, b), with V's
+    bias, as A's rows sum to 1.
+    """
+    W_v, b_v = after_norm(block.ln_1, *matrix(block.attn.v))
+    W_o, b_o = matrix(block.attn.o)
+    A = block.attn.pattern(c.block_size).detach().double().numpy()  # (H, T, T)
+    return {"pattern": (A,), "value": (W_v,), "o": (W_o, b_v @ W_o + b_o)}
+
+
 def attention_arrays(block, c):
     """
-    "qkv" and "o", each (W, b), and maybe "inverse_t"; of a uniform layer "o" alone, fold_uniform's.
+    "qkv" and "o", each (W, b), and maybe "inverse_t"; of a uniform layer "o" alone, fold_uniform's;
+    of a positional one fold_positional's.
     """
     if isinstance(block.attn, UniformAttention):
         return {"o": fold_uniform(block, c)}
+    if isinstance(block.attn, PositionalAttention):
+        return fold_positional(block, c)
     qkv, o, inverse_t = fold_attention(block, c)
     arrays = {"qkv": qkv, "o": o}
     if inverse_t is not None:
@@ -191,9 +206,8 @@ def attention_arrays(block, c):
 
 def fold_block(block, c):
     """
-    One block's arrays: "qkv" and "o", each W with its b, or "o" alone if the layer is uniform;
-    "ffn", or "in" and "up", likewise; "beta" where that is learned; "inverse_t" (H, T, 1) where
-    there is a temperature per position.
+    One block's arrays: attention_arrays(); "ffn", or "in" and "up", each W with its b; "beta" where
+    that is learned; "inverse_t" (H, T, 1) where there is a temperature per position.
     """
     arrays = attention_arrays(block, c)
     alpha, beta = ffn_scales(block, c)
@@ -210,16 +224,16 @@ def fold_block(block, c):
 
 def fold_block_in_bases(block, c, R, R_next):
     """
-    A softmax-only block's arrays in the bases before and after it: "qkv", "o", maybe "inverse_t";
-    or "o" alone. x W = u (R W); x + y o + b_o, then b after W', is
-    u + (y o + b_o) / R + b / R_next.
+    A softmax-only block's arrays in the bases before and after it: those of attention_arrays().
+    x W = u (R W); x + y o + b_o, then b after W', is u + (y o + b_o) / R + b / R_next.
     """
     arrays = attention_arrays(block, c)
     inverse = np.linalg.inv(R)
     _, b_ffn = ffn_matrix(block, c)
     W_o, b_o = arrays["o"]
     arrays["o"] = W_o @ inverse, b_o @ inverse + b_ffn @ np.linalg.inv(R_next)
-    first = "qkv" if "qkv" in arrays else "o"  # the matrix that x itself, or C x, goes into
+    # the matrix that x itself, or C x, goes into
+    first = next(name for name in ("qkv", "value", "o") if name in arrays)
     W, *b = arrays[first]
     arrays[first] = R @ W, *b
     return named(arrays)

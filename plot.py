@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data.dataset import open_dataset
-from entropy import (attention_entropy, causal_attention, causal_average, distance_from_average,
+from entropy import (attention_entropy, causal_attention, distance_from_average,
                      max_causal_entropy, quartile_distribution)
 from model import GPT
 from pretrained import encoding_of, is_checkpoint, read_pretrained, read_tokens
@@ -92,8 +92,8 @@ def learned(model, threshold):
     if model.config.learnable_ffn_scale:
         for name in ("alpha", "beta"):
             found[name] = [getattr(block, name).item() for block in model.blocks]
-    if model.config.learnable_temperature and model.config.uniform_layers < model.config.n_layer:
-        softmax = model.blocks[model.config.uniform_layers:]
+    if model.config.learnable_temperature and model.config.softmax_layers:
+        softmax = model.blocks[-model.config.softmax_layers:]
         t = torch.stack([block.attn.temperature.detach().float().cpu() for block in softmax])
         found["temperature"] = t.mean(-1).tolist()  # (layers with softmax, H)
         found["temperature_range"] = [t.amin((1, 2)).tolist(), t.amax((1, 2)).tolist()]
@@ -166,7 +166,7 @@ def averaging(run, tolerance):
     of their attention), and the flag for those first layers that have no other heads, with what it
     saves.
     """
-    most, already = run["max_causal_entropy"], run["uniform_layers"]
+    most, already = run["max_causal_entropy"], run["layers_without_softmax"]
     near = np.array(run["head_entropy"]) >= (1 - tolerance) * most - 1e-5  # (L, H)
     L, H = near.shape
     layers = []
@@ -176,7 +176,7 @@ def averaging(run, tolerance):
     where = f" ({', '.join(layers)})" if layers else ""
     distances = " ".join(f"{distance:.2f}" for distance in np.mean(run["distance"], 1))
     k = int(np.argmin([*near.all(1), False]))  # how many first layers have no other heads
-    saved = (k - already) * H
+    saved = max(0, k - already) * H
     advice = f"--uniform_layers={k} would save {saved} of {(L - already) * H} softmaxes"
     if saved == 0:
         advice = "no further first layer could do without softmax"
@@ -273,7 +273,7 @@ def draw_temperatures(ax, named):
             mean = np.mean(run["temperature"], 1)
             low, high = run["temperature_range"]
             reach = np.maximum(0, [mean - low, high - mean])  # a mean of equals is off by rounding
-            L = len(run["head_entropy"])  # the first layers may be uniform, without temperatures
+            L = len(run["head_entropy"])  # the first ones may have no softmax, so no temperature
             ax.errorbar(range(L - len(mean), L), mean, reach, fmt="o-", color=colour, capsize=3,
                         markersize=4, linewidth=1, label=tag)
     ax.set(xlabel="layer", title="temperature, mean and range", ymargin=0.2)
@@ -404,13 +404,17 @@ def measure(model, tokens, n):
         distance[layer] += distance_from_average(A).mean(-1).sum(0)
         return A @ v, attention_entropy(A)
 
-    for layer in range(c.uniform_layers, c.n_layer):
+    without = c.n_layer - c.softmax_layers
+    for layer in range(without, c.n_layer):
         model.blocks[layer].attn.with_entropy = partial(watched, layer=layer)
     for some in np.array_split(chosen, -(-len(chosen) // 8)):
         x = torch.from_numpy(np.stack([tokens[w * T:(w + 1) * T] for w in some]).astype(np.int64))
         entropy += model(x, return_entropy=True)[2].mean(-1).sum(1)
     entropy, first, distance = (total / len(chosen) for total in (entropy, first, distance))
-    first[:c.uniform_layers] = causal_average(T)[1:, 0].sum() / max(1, T - 1)
+    for layer in range(without):
+        A = model.blocks[layer].attn.pattern(T)  # (H, T, T)
+        first[layer] = A[:, 1:, 0].sum(-1) / max(1, T - 1)
+        distance[layer] = distance_from_average(A).mean(-1)
     return entropy, first, distance
 
 
@@ -446,10 +450,12 @@ def look(path):
         log = read_log(os.path.join(os.path.dirname(path), "log.jsonl"))
     head_entropy, first, distance = measure(model, tokens, n)
     threshold = (checkpoint.get("regularizer") or {}).get("threshold")
-    arch = model.config.name if threshold is None else f"EReg({model.config.name})"
+    c = model.config
+    arch = c.name if threshold is None else f"EReg({c.name})"
     run = describe(arch, model, head_entropy, threshold, log)
     return run | {"seed": settings["seed"], "first_position": first.tolist(),
-                  "distance": distance.tolist(), "uniform_layers": model.config.uniform_layers}
+                  "distance": distance.tolist(),
+                  "layers_without_softmax": c.n_layer - c.softmax_layers}
 
 
 def main():

@@ -130,7 +130,7 @@ def start_from(source, model, regularizer):
         raise ValueError(f"it has block_size={was.block_size}, which can be cropped, and not "
                          f"stretched to {c.block_size}")
     theirs, ours = dict(source["model"]), model.state_dict()
-    for name in [name for name in theirs if name.endswith("log_temperature")]:
+    for name in [name for name in theirs if name.endswith(("log_temperature", "by_distance"))]:
         theirs[name] = theirs[name][:, :c.block_size]
     theirs["wpe.weight"] = theirs["wpe.weight"][:c.block_size]
     for i in range(c.n_layer):
@@ -149,7 +149,7 @@ def start_from(source, model, regularizer):
                           strict=False)
     if regularizer and source.get("regularizer"):
         thresholds = source["regularizer"]["threshold"]  # of the last layers, those with softmax
-        regularizer.load_state_dict({"threshold": thresholds[c.uniform_layers - c.n_layer:]})
+        regularizer.load_state_dict({"threshold": thresholds[-c.softmax_layers:]})
     told = [f"{word} {parts(names)}" for word, names in (("without", left_out), ("new", new))
             if names]
     return "; ".join([f"{len(ours) - len(new)} tensors", *told])

@@ -128,9 +128,9 @@ try:
     config = GPTConfig(**flags | {"vocab_size": vocab_size or 1})
 except ValueError as e:
     die(e, 2)
-if entropy_reg and uniform_layers == n_layer:
-    die("entropy_reg has nothing to regularize where all layers are uniform: leave one to softmax, "
-        f"--uniform_layers={n_layer - 1} at most", 2)
+if entropy_reg and config.softmax_layers == 0:
+    die("entropy_reg has nothing to regularize where no layer has a softmax: leave it one, "
+        f"--uniform_layers and --positional_layers of {n_layer - 1} together at most", 2)
 if grad_accum % ranks:
     die(f"grad_accum={grad_accum} passes a step can't be shared out among {ranks} processes: "
         f"--grad_accum={ranks} or a multiple", 2)
@@ -220,7 +220,7 @@ origin = ""
 groups = model.param_groups(weight_decay)
 regularizer = None
 if entropy_reg:
-    regularizer = EntropyRegularizer(n_layer - uniform_layers, n_head, gamma, threshold_init,
+    regularizer = EntropyRegularizer(config.softmax_layers, n_head, gamma, threshold_init,
                                      reduction).to(device)
     groups.append({"params": list(regularizer.parameters()), "weight_decay": 0.0})
 parameters = [p for group in groups for p in group["params"]]
@@ -276,7 +276,7 @@ def training_loss(x, y):
         _, ce, entropy = forward(x, y, return_entropy=entropy_reg)
         term = torch.zeros_like(ce)
         if entropy_reg:  # of the heads that can choose their entropy
-            term = lambda_entropy * regularize(entropy[uniform_layers:])
+            term = lambda_entropy * regularize(entropy[-config.softmax_layers:])
     return ce + term, ce.detach(), term.detach()
 
 

@@ -28,6 +28,9 @@ TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e
          SM_G: (5e-4, 1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (5e-4, 1e-3, 2e-3, 3e-3),
          SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (1e-3, 2e-3, 3e-3),
          EREG: (1e-3, 2e-3, 3e-3, 4e-3)}
+SIGMA = {"sigma_reparam": "qkvo+ffn"}
+TUNED_SIGMA = 3e-3
+TRIED_SIGMA = (2e-3, 3e-3, 6e-3)
 TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3), SM_R: (1e-3, 3e-3), SC: (1e-3, 3e-3, 9e-3),
                  EREG: (1e-3, 3e-3, 9e-3)}
 
@@ -94,11 +97,27 @@ def norms():
 
 
 def rivals():
-    """What else holds the logits and costs inference nothing, at the same rates as EReg."""
-    rows = [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS)]
-    for rate in (2e-3, 3e-3, 6e-3):
-        rows.append(row("SM+ScFuFFN, sigmaReparam", SC, rate, "", SEEDS,
-                        sigma_reparam="qkvo+ffn"))
+    """What else holds the logits and costs inference nothing, at the rate that suits it best."""
+    return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS),
+            row("SM+ScFuFFN", SC, TUNED[SC], seeds=SEEDS),
+            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, seeds=SEEDS, **SIGMA)]
+
+
+KINDS = {"softmax": {SC: (0,), EREG: (0,), LN_G: (0,)},  # of the first k of the four layers
+         "uniform": {SC: (1, 2, 3, 4), EREG: (2,), LN_G: (2,)},
+         "positional": {SC: (1, 2, 3, 4), EREG: (2,), LN_G: (2, 4)}}
+
+
+def frontier():
+    """Three seeds of what the conclusion rests on, none and half of the layers."""
+    rows = []
+    for kind, configs in KINDS.items():
+        for config, counts in configs.items():
+            for k in counts:
+                seeds = SEEDS if config != LN_G and k in (0, 2) else SEEDS[:1]
+                label = f"{NAMES[config]}, {k} {kind}" if k else NAMES[config]
+                flags = {f"{kind}_layers": k} if k else {}
+                rows.append(row(label, config, TUNED[config], "", seeds, **flags))
     return rows
 
 
@@ -126,7 +145,10 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
                  each(dict.fromkeys((LN_G, LN_R, LN, SC, T, EREG), 1e-3), SEEDS[:1])),
     "tuning": ("The learning rate of each, on a seed that no other table reports, in runs of 2.9M "
                "tokens", "PPL",
-               tuning(TRIED) + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)),
+               tuning(TRIED) + tuning({SC: TRIED_SIGMA}, ", sigmaReparam", **SIGMA)
+               + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)),
+    "frontier": ("The first layers without softmax: uniform, the average, or positional, a learned "
+                 "pattern of distances", "", frontier()),
     "rivals": ("EReg against sigmaReparam (arXiv 2303.06296)", "PPL", rivals()),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)",
               "PPL", norms()),

@@ -26,15 +26,13 @@ def block(op, x, w, c, f, units=(1.0, 1.0), cache=None):
     One block, eq. 1 and 8: x (T, d) -> (T, d); or a run of m uniform ones, x + [C x, ..., C^m x]
     times one secret matrix, see fold_run() in pi_export.py. units: of its two LayerNorms, see
     nonlinear.py. cache: a dict, which gets what a further token needs, see further.py: "kv"
-    (T, 2 d), or "means" (T, m d).
+    (T, 2 d), or "v" (T, d), or "means" (T, m d).
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
     if "qkv" in w:
         y = attention(op, n, w, c, f, cache)                                      # (T, d)
     else:
-        y = op("average", causal_means, n, layers=layers_in(w))                   # (T, m d)
-        if cache is not None:
-            cache["means"] = y
+        y = without_softmax(op, n, w, cache)                                      # (T, m d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (T, d)
     return ffn(op, x, w, c, f, units[1])                                          # (T, d)
 
@@ -52,9 +50,7 @@ def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0), cache=None):
         if cache is not None:
             cache["kv"] = op("matmul", keys_values, n, *w["qkv"])                 # (T, 2 d)
     else:
-        y = op("average", causal_means, n, layers=1)                              # (T, d)
-        if cache is not None:
-            cache["means"] = y
+        y = without_softmax(op, n, w, cache)                                      # (T, d)
         x = op("matmul", jnp.matmul, last, x)                                     # (1, d)
         y = op("matmul", jnp.matmul, last, y)                                     # (1, d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (1, d)
@@ -136,6 +132,29 @@ def activation_kind(c):
 
 
 # ------------------------------------------------------------------------- heads without a softmax
+def without_softmax(op, n, w, cache=None):
+    """
+    A V of patterns that are the server's and not the text's: n (T, d) -> (T, d). Of m uniform
+    layers the means, (T, m d).
+    """
+    if "pattern" in w:
+        kept, v = "v", op("matmul", linear, n, *w["value"])                    # (T, d)
+        y = op("pattern", mix_by_position, *w["pattern"], v)                   # (T, d)
+    else:
+        kept, v = "means", op("average", causal_means, n, layers=layers_in(w))  # (T, m d)
+        y = v
+    if cache is not None:
+        cache[kept] = v
+    return y
+
+
+def mix_by_position(A, v):
+    """A (H, T, T) or more, v (T, d), whose heads are side by side -> A V (T, d)."""
+    T, H = len(v), len(A)
+    v = v.reshape(T, H, -1).transpose(1, 0, 2)                                 # (H, T, d_k)
+    return join_heads(A[:, :T, :T] @ v)
+
+
 def layers_in(w):
     """How many uniform layers in a row a block's arrays stand for: "o" is (m d, d)."""
     rows, d = w["o"][0].shape

@@ -174,10 +174,13 @@ def check_block(c, i, run, parts):
     if c.activation != "none" and not plain:
         needed |= {"in", "up"}
     if i < c.uniform_layers:
-        del due["qkv"], due["qk"]
+        del due["qkv"], due["qk"], due["pattern"]
         due["o"] = run * c.n_embd, c.n_embd
     else:
-        needed |= {"qk"} if plain else {"qkv"}
+        if i < c.n_layer - c.softmax_layers:
+            needed |= {"pattern"} if plain else {"pattern", "value"}
+        else:
+            needed |= {"qk"} if plain else {"qkv"}
         if run > 1:
             raise ValueError(f"layer {i - 1} has no arrays")
     if not needed <= parts.keys():
@@ -192,12 +195,12 @@ def possible_shapes(c):
     positions = 1 if c.temperature_per_head else T
     top = {"wte": (V, d), "wpe": (T, d), "head": (d, V), "head_b": (V,), "basis": (d, d)}
     top |= {"ln_f": (d,), "ln_f_b": (d,)}
-    block = {name: (d, d) for name in ("v", "o", "ffn", "w_ffn")}
+    block = {name: (d, d) for name in ("v", "value", "o", "ffn", "w_ffn")}
     block |= {"qkv": (d, 3 * d), "qk": (d, 2 * d), "in": (d, 4 * d), "w_in": (d, 4 * d)}
     block |= {"up": (4 * d, d), "w_out": (4 * d, d)}
     block |= {name + "_b": (columns,) for name, (_, columns) in block.items()}
     block |= {"ln_1": (d,), "ln_1_b": (d,), "ln_2": (d,), "ln_2_b": (d,)}
-    block |= {"beta": (), "inverse_alpha": (), "inverse_t": (H, positions, 1)}
+    block |= {"beta": (), "inverse_alpha": (), "inverse_t": (H, positions, 1), "pattern": (H, T, T)}
     return top, block
 
 

@@ -28,6 +28,7 @@ class Place(NamedTuple):
     """Where a further token stands: the client's secrets, or arrays in the clear."""
     hidden: Any  # (1, n), HIDDEN at those places that are padding, 0 at all others
     left: Any    # (1, n), CLIPPED and 0 there
+    order: Any   # (T, n), 1 where a position has its place, up to the token's own
     at: Any      # (1, T), 1 at the token's position and 0 elsewhere
     share: Any   # (1, 1), 1 over the number of tokens up to it
 
@@ -42,24 +43,28 @@ def place_of(position, prompt, padded, room, T):
     hidden[:, :first] = HIDDEN
     hidden[:, first + prompt:first + padded] = HIDDEN
     left = np.where(hidden, CLIPPED, 0)
+    order = np.zeros((T, room + padded), np.float32)
+    order[np.arange(position + 1), np.flatnonzero(hidden[0] == 0)] = 1
     at = np.eye(T, dtype=np.float32)[position:position + 1]
-    return Place(hidden, left, at, np.full((1, 1), 1 / (position + 1)))
+    return Place(hidden, left, order, at, np.full((1, 1), 1 / (position + 1)))
 
 
 def make_room(op, last, caches, room):
     """
     Make of what a prompt's pass left in the layers' caches what further tokens need: "kv" (n, 2 d)
-    with room for them; "means" of the last row alone, (1, m d), which `last` (1, T) marks.
+    and "v" (n, d) with room for them; "means" of the last row alone, (1, m d), which `last` (1, T)
+    marks.
     """
     for cache in caches.values():
-        if "kv" in cache:
-            cache["kv"] = op("matmul", behind_zeros, cache["kv"], rows=room)
-        else:
-            cache["means"] = op("average", jnp.matmul, last, cache["means"])
+        for name, kept in cache.items():
+            if name == "means":
+                cache[name] = op("average", jnp.matmul, last, kept)
+            else:
+                cache[name] = op("matmul", behind_zeros, kept, rows=room)
 
 
-def behind_zeros(kv, rows):
-    return jnp.pad(kv, ((rows, 0), (0, 0)))
+def behind_zeros(kept, rows):
+    return jnp.pad(kept, ((rows, 0), (0, 0)))
 
 
 def next_block(op, x, place, cache, w, c, f, units=(1.0, 1.0)):
@@ -70,6 +75,8 @@ def next_block(op, x, place, cache, w, c, f, units=(1.0, 1.0)):
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x   # (1, d)
     if "qkv" in w:
         y = next_attention(op, n, place, cache, w, c, f)                           # (1, d)
+    elif "pattern" in w:
+        y = next_by_position(op, n, place, cache, w)                               # (1, d)
     else:
         y = op("average", next_means, n, cache["means"], place.share)              # (1, m d)
         cache["means"] = y
@@ -88,7 +95,8 @@ def next_attention(op, n, place, cache, w, c, f):
     q = op("matmul", queries, qkv)                                             # (1, d)
     if "inverse_t" in w:
         q = op("temperature", by_own_temperature, q, *w["inverse_t"], place.at)
-    kv = cache["kv"] = op("matmul", append, cache["kv"], qkv)                  # (n, 2 d)
+    own = op("matmul", without_queries, qkv)                                   # (1, 2 d)
+    kv = cache["kv"] = op("matmul", append, cache["kv"], own)                  # (n, 2 d)
     s = op("matmul", next_scores, q, kv, n_head=c.n_head)                      # (H, 1, n)
     e = op("softmax", f.next_exponentials, s, place.hidden, place.left)        # (H, 1, n)
     y = op("matmul", next_mix, e, kv)                                          # (H, d_k)
@@ -96,14 +104,37 @@ def next_attention(op, n, place, cache, w, c, f):
               reciprocal=f.reciprocal, most=c.block_size)                      # (1, d)
 
 
+def next_by_position(op, n, place, cache, w):
+    """
+    A V of one row: n (1, d) -> (1, d). The row of A at the token's position is its weights by
+    position, which the client's order makes weights by place.
+    """
+    own = op("matmul", linear, n, *w["value"])                                 # (1, d)
+    v = cache["v"] = op("pattern", append, cache["v"], own)                    # (n, d)
+    a = op("pattern", row_of_pattern, place.at, *w["pattern"])                 # (H, T)
+    a = op("pattern", jnp.matmul, a, place.order)                              # (H, n)
+    return op("pattern", own_heads, a, v)                                      # (1, d)
+
+
+def row_of_pattern(at, A):
+    """The row of A (H, T, T) that `at` (1, T) marks: (H, T), one product for all heads."""
+    H, T, _ = A.shape
+    return (at @ A.transpose(1, 0, 2).reshape(T, H * T)).reshape(H, T)
+
+
+def own_heads(a, v):
+    """Each head's weights a (H, n) times its own columns of v (n, d), heads side by side: (1, d)."""
+    return only(own_columns(len(a), v.shape[1]), a @ v).sum(0, keepdims=True)
+
+
 def queries(qkv):
     """Q of Q, K and V, side by side."""
     return jnp.split(qkv, 3, axis=1)[0]
 
 
-def append(kv, qkv):
-    """The cache (n, 2 d), its first place given up for a row's own key and value at its end."""
-    return jnp.concatenate((kv[1:], without_queries(qkv)))
+def append(kept, own):
+    """What is kept of n places, the first of them given up for a row's own at the end."""
+    return jnp.concatenate((kept[1:], own))
 
 
 def next_scores(q, kv, n_head):
@@ -114,9 +145,8 @@ def next_scores(q, kv, n_head):
 
 def next_mix(e, kv):
     """sum_j A_j v_j of each head, (H, d_k), its weights not yet divided by their sum."""
-    H, _, _ = e.shape
     d = kv.shape[1] // 2
-    return only(own_columns(H, d), e[:, 0] @ kv[:, d:]).sum(0).reshape(H, -1)
+    return own_heads(e[:, 0], kv[:, d:]).reshape(len(e), -1)
 
 
 def next_means(n, means, share):

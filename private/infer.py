@@ -124,11 +124,11 @@ def infer_next(engine, public, weights, token, cache, layers=0, reveal="logits")
 
 def put_place(engine, position, cache, T):
     """The Place of the next token, at `position`, as secrets of the client's."""
-    mine = Place(None, None, None, None)
+    mine = Place(*[None] * len(Place._fields))
     if engine.rank == CLIENT:
         mine = place_of(position, cache.prompt, cache.padded, cache.room, T)
     n = cache.room + cache.padded
-    shapes = Place((1, n), (1, n), (1, T), (1, 1))
+    shapes = Place((1, n), (1, n), (T, n), (1, T), (1, 1))
     return Place(*(engine.put(shape, CLIENT, a) for shape, a in zip(shapes, mine)))
 
 

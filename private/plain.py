@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import UniformAttention
+from model import Attention, PositionalAttention
 from pi_export import flat, gain_and_shift, matrix, named
-from private.block import (activation_kind, add_linear, causal_means, join_heads, linear, logits)
+from private.block import (activation_kind, add_linear, causal_means, join_heads, linear, logits,
+                           mix_by_position)
 from private.nonlinear import EXACT
 
 
@@ -22,15 +23,17 @@ def plain_export(model, dtype=np.float32):
     c = model.config
 
     def plain_block_arrays(block):
-        uniform = isinstance(block.attn, UniformAttention)
-        names = ("v", "o") if uniform else ("qk", "v", "o")
+        of_text = isinstance(block.attn, Attention)
+        names = ("qk", "v", "o") if of_text else ("v", "o")
         arrays = {name: matrix(getattr(block.attn, name)) for name in names}
         for name in ["w_ffn"] if c.fuse_ffn else ["w_in", "w_out"]:
             arrays[name] = matrix(getattr(block.ffn, name))
         if c.use_layernorm:
             arrays["ln_1"] = gain_and_shift(block.ln_1)
             arrays["ln_2"] = gain_and_shift(block.ln_2)
-        if c.learnable_temperature and not uniform:
+        if isinstance(block.attn, PositionalAttention):
+            arrays["pattern"] = (block.attn.pattern(c.block_size).detach().numpy(),)
+        if c.learnable_temperature and of_text:
             arrays["inverse_t"] = (1 / block.attn.temperature.detach().numpy()[:, :, None],)
         if c.learnable_ffn_scale:
             arrays["inverse_alpha"] = (np.array(1 / block.alpha.item()),)
@@ -54,6 +57,8 @@ def plain_block(op, x, w, c):
         s = op("matmul", plain_scores, qk, *inverse_t, n_head=c.n_head)        # (H, T, T)
         a = op("softmax", plain_softmax, s)                                    # (H, T, T)
         y = op("matmul", plain_mix, a, v)                                      # (T, d)
+    elif "pattern" in w:
+        y = op("pattern", mix_by_position, *w["pattern"], v)                   # (T, d)
     else:
         y = op("average", causal_means, v, layers=1)                           # (T, d)
     x = op("matmul", add_linear, x, y, *w["o"])                                # (T, d)

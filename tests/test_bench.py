@@ -1,4 +1,4 @@
-"""bench.py, experiments/nanogpt.py: every case is timed and told; what the numbers are is the machine's affair."""
+"""bench.py, experiments/nanogpt.py: every case is timed; the numbers are the machine's."""
 import json
 
 import pytest

@@ -167,6 +167,16 @@ def test_heads_that_average_need_no_softmax(tmp_path):
     assert r["bytes_by_kind"]["average"] > 0
 
 
+@pytest.mark.parametrize("protocol", ["cheetah", "semi2k"])
+def test_heads_that_attend_by_position_need_no_softmax(tmp_path, protocol):
+    (r,), _ = results_of(tmp_path, "--archs=sm_scfuffn", f"--protocol={protocol}", *TINY,
+                         "--n_layer=3", "--positional_layers=2", "--prompt_ids=7,3,99,42,7")
+    assert r["arch"] == "SM+ScFuFFN, 2 positional layers"
+    assert r["token"] == r["plain_token"]
+    assert r["max_abs_err"] < 2e-3
+    assert r["bytes_by_kind"]["pattern"] > 0
+
+
 def test_uniform_layers_are_measured_by_their_own(tmp_path):
     """Beside LayerNorm and GELU; one layer of either kind, and the last, stand for six."""
     totals = []
@@ -293,8 +303,7 @@ def test_only_the_token_is_revealed(exported, certificates):
 
 # ------------------------------------------------------------------------------ replies
 LOUD = {  # models of random weights large enough to have opinions
-    "SM(t)+ScFuFFN": {"learnable_temperature": True, "temperature_init": 0.1},
-    "SM+ScFuFFN, uniform": {"n_layer": 4, "uniform_layers": 2},
+    "SM+ScFuFFN of all kinds": {"n_layer": 4, "uniform_layers": 2, "positional_layers": 1},
     "SM+LN+G, uniform": {"use_layernorm": True, "use_gelu": True, "fuse_ffn": False,
                          "learnable_ffn_scale": False, "uniform_layers": 1, "bias": True},
 }
@@ -317,9 +326,8 @@ def greedy(model, text, n):
 
 
 @pytest.mark.parametrize("name, args", [
-    ("SM(t)+ScFuFFN", []),
-    ("SM+ScFuFFN, uniform", ["--prompt_tokens=11", "--embedding=public"]),
-    ("SM+LN+G, uniform", ["--prompt_tokens=16"]),
+    ("SM+ScFuFFN of all kinds", ["--prompt_tokens=11", "--embedding=public"]),
+    ("SM+LN+G, uniform", []),
 ])
 def test_a_reply_is_the_text_of_the_clear(name, args, tmp_path):
     """Token by token up to the end of the context, wherever the prompt's padding ends."""

@@ -68,8 +68,8 @@ def by_the_equations(model, idx):
     entropies = []
     for block in model.blocks:
         h = ln(block.ln_1, x)
-        uniform = block in model.blocks[:c.uniform_layers]
-        if not uniform:
+        of_text = hasattr(block.attn, "qk")
+        if of_text:
             Q, K = (h @ block.attn.qk.weight.T + block.attn.qk.bias).split(c.n_embd, -1)
         V, heads = h @ block.attn.v.weight.T, []
         for head in range(c.n_head):
@@ -77,7 +77,9 @@ def by_the_equations(model, idx):
             out, ent = [], []
             for i in range(T):
                 A = torch.full((i + 1,), 1 / (i + 1), dtype=torch.float64)
-                if not uniform:
+                if hasattr(block.attn, "by_distance"):
+                    A = F.softmax(block.attn.by_distance[head, :i + 1].flip(0), 0)
+                if of_text:
                     scale = temperature(block, head, i) * math.sqrt(d_k)
                     z = torch.stack([Q[i, cut] @ K[j, cut] / scale for j in range(i + 1)])
                     A = F.softmax(z, 0)
@@ -128,6 +130,24 @@ def test_uniform_layers_average(name):
     assert {n.split(".")[0] for n, _ in model.blocks[0].attn.named_parameters()} == {"v", "o"}
 
 
+@pytest.mark.parametrize("name", ["SM+LN+G", "SM(t)+ScFuFFN"])
+def test_positional_layers_attend_by_distance(name):
+    """At first as uniform ones do, then by what is learned of each head and distance."""
+    idx = tokens(T=7)
+    model = build(**ARCHITECTURES[name], n_layer=3, uniform_layers=1, positional_layers=1)
+    assert model.config.name == name + ", 1 uniform layer, 1 positional layer"
+    torch.nn.init.zeros_(model.blocks[1].attn.by_distance)
+    average = build(**ARCHITECTURES[name], n_layer=3, uniform_layers=2)
+    average.load_state_dict(model.state_dict(), strict=False)
+    assert torch.allclose(model(idx)[0], average(idx)[0], atol=1e-9)
+    torch.nn.init.normal_(model.blocks[1].attn.by_distance)
+    logits, _, entropy = model(idx, return_entropy=True)
+    wanted, wanted_entropy = by_the_equations(model, idx[0])
+    assert torch.allclose(logits[0], wanted, atol=1e-9)
+    assert torch.allclose(entropy[:, 0], wanted_entropy, atol=1e-7)
+    assert torch.allclose(model(idx)[0], logits, atol=1e-9)
+
+
 def test_uniform_layers_are_summed_in_float32():
     """Ones in bfloat16, which has no 257: a sum of 300 of them would end at 256."""
     assert (causal_mean(torch.ones(1, 300, 1, dtype=torch.bfloat16)) == 1).all()
@@ -141,6 +161,12 @@ def test_config_files_are_the_architectures(name):
     exec(path.read_text(), {}, flags)
     assert GPTConfig(**flags).name == name
     assert 3 <= len(path.read_text().splitlines()) <= 10
+
+
+def test_a_config_file_for_positional_layers():
+    flags = {}
+    exec((ROOT / "config" / "sm_scfuffn_positional.py").read_text(), {}, flags)
+    assert GPTConfig(**flags).name == "SM+ScFuFFN, 3 positional layers"
 
 
 @dataclass
@@ -176,6 +202,8 @@ def test_an_activation_of_your_own_is_a_flag_and_an_entry(monkeypatch):
     (dict(weight_norm="ffn", spectral_norm="qk"), "choose one"),
     (dict(sigma_reparam="ffn", spectral_norm="qk"), "choose one"),
     (dict(uniform_layers=7), "uniform_layers must be at least 0 and at most n_layer=6, and is 7"),
+    (dict(uniform_layers=3, positional_layers=4),
+     "positional_layers must be at least 0, and with uniform_layers at most n_layer=6, and is 4"),
     (dict(uniform_layers=-1), "uniform_layers must be at least 0"),
     (dict(uniform_layers=True), "uniform_layers must be int"),
 ])
@@ -300,24 +328,27 @@ def test_counts_are_the_published_tables(L, T, ffn, fused, attn):
         assert flops == pytest.approx({"ffn": ffn_flops, "attn": attn}, abs=0.053)
 
 
-def test_counts_with_uniform_layers():
-    """No softmax, Q K^T or Q and K with its bias, half of the matrices, a sum and a division."""
+@pytest.mark.parametrize("kind, mixing, patterns", [("uniform", 2 * 128 * 768, 0),
+                                                    ("positional", 128 * 128 * 768, 12 * 128)])
+def test_counts_of_layers_without_softmax(kind, mixing, patterns):
+    """No softmax, Q K^T or Q and K with its bias, half of the matrices; the mixing of rows."""
     L, k, T, d = 12, 5, 128, 768
     with torch.device("meta"):
         whole, model = (GPT(GPTConfig(**BASE, **SCALED, learnable_temperature=True,
-                                      uniform_layers=layers)) for layers in (0, k))
+                                      **{f"{kind}_layers": layers})) for layers in (0, k))
     assert model.nonlinear_ops() == {"SM": ((L - k) * 12, (T, T))}
     of_one = whole.flops()["attn"] // L
     assert model.flops() == {"ffn": whole.flops()["ffn"],
-                             "attn": (L - k) * of_one + k * (4 * T * d * d + 2 * T * d)}
-    fewer = k * (2 * d * d + 2 * d + 12 * T)
+                             "attn": (L - k) * of_one + k * (4 * T * d * d + mixing)}
+    fewer = k * (2 * d * d + 2 * d + 12 * T - patterns)
     parameters, left = (sum(p.numel() for p in m.parameters()) for m in (whole, model))
     assert left == parameters - fewer
 
 
 @pytest.mark.parametrize("flags", [{}, dict(learnable_temperature=True, temperature_init=0.5),
                                    dict(learnable_temperature=True, temperature_per_head=True),
-                                   dict(uniform_layers=1), dict(uniform_layers=2)])
+                                   dict(uniform_layers=1), dict(uniform_layers=2),
+                                   dict(positional_layers=1)])
 def test_cached_keys_and_values_give_the_same_text(flags):
     """Within block_size and past it, where the context is the last block_size tokens."""
     model, prompt = build(**flags), tokens(B=2, T=5)

@@ -36,6 +36,10 @@ VARIANTS = {
     "LN, 1 uniform": dict(uniform_layers=1, bias=True),
     "LN, all uniform": dict(uniform_layers=2),
     "G, 1 uniform": dict(ARCHITECTURES["SM+G"], uniform_layers=1),
+    "2 positional": dict(ARCHITECTURES["SM(t)+ScFuFFN"], n_layer=4, uniform_layers=1,
+                         positional_layers=2, bias=True),
+    "all positional": dict(ARCHITECTURES["SM+ScFuFFN"], positional_layers=2),
+    "LN, 1 positional": dict(positional_layers=1, bias=True),
 }
 
 

@@ -144,7 +144,8 @@ def test_first_layers_that_average_are_named(tmp_path):
         model.blocks[2].attn.qk.weight.mul_(1000)
     tokens = torch.randint(0, 50, (512,)).numpy()
     entropy, first, distance = measure(model, tokens, 4)
-    run = describe("SM", model, entropy) | {"distance": distance.tolist(), "uniform_layers": 0}
+    run = describe("SM", model, entropy)
+    run |= {"distance": distance.tolist(), "layers_without_softmax": 0}
     said = averaging(run, 0.05)
     assert said.startswith("averaging: 5 of 12 heads within 5% of 3.88 nats (layer 0: all, layer "
                            "1: 1), distance from the average by layer 0.00 0.")
@@ -155,7 +156,7 @@ def test_first_layers_that_average_are_named(tmp_path):
     for before, after in ((entropy, entropy_after), (first, first_after),
                           (distance, distance_after)):
         assert torch.allclose(before, after, atol=1e-4)
-    run |= {"uniform_layers": 1}
+    run |= {"layers_without_softmax": 1}
     assert averaging(run, 0.05).endswith("no further first layer could do without softmax")
 
 

@@ -68,6 +68,18 @@ def test_parts_go_and_scalars_come(was, flags, says):
             assert torch.equal(tensor, theirs["model"][name])
 
 
+def test_patterns_come_new_and_are_cropped():
+    """As an average, in place of the softmax of a trained model's first layer."""
+    theirs, _ = source()
+    said, ours = started(theirs, positional_layers=1)
+    assert said.endswith("without attn.qk.bias, attn.qk.weight; new attn.by_distance")
+    ours.blocks[0].attn.by_distance.data.normal_()
+    theirs = {"model_config": ours.config.__dict__, "model": ours.state_dict()}
+    _, short = started(theirs, positional_layers=1, block_size=5)
+    idx = torch.arange(5)[None]
+    assert torch.allclose(short(idx)[0], ours(idx)[0], atol=1e-6)
+
+
 def test_softmaxes_are_taken_from_the_first_layers():
     """The other layers' matrices, temperatures and thresholds stay; a softmax can't come back."""
     theirs, _ = source(learnable_temperature=True)

@@ -76,3 +76,22 @@ def test_pictures_show_runs_that_the_tables_train():
     for runs in PICTURES.values():
         assert all(folder(config, flags, SEEDS[0]) in trained for config, flags in runs)
     assert all((ROOT / "config" / f"{r['config']}.py").exists() for r in rows)
+
+
+def test_frontier_py_says_what_to_train_first(tmp_path):
+    out = run("experiments/frontier.py", f"--out_dir={tmp_path}", status=1)
+    assert out == (f"error: no trained model in {tmp_path}: "
+                   "python experiments/reproduce.py --only=frontier\n")
+
+
+def test_in_context_py_finds_a_head_that_copies():
+    """Attention that is one-hot on the place after a token's first occurrence has weight 1 there."""
+    from in_context import heads_on, repeated
+    from model import GPT, GPTConfig
+    T = 16
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=50, block_size=T,
+                          positional_layers=1))
+    model.blocks[0].attn.by_distance.data[1, T // 2 - 1] = 100
+    weight, entropy = heads_on(model, repeated(50, T)[:, :-1])
+    assert weight[0, 1] > 0.999 and weight[0, 0] < 0.2
+    assert 0 < entropy[0, 1] < entropy[0, 0]

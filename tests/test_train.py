@@ -309,7 +309,7 @@ MISTAKES = [
     (["config/sm_scfuffn.py", "--use_gelu=True"], 2, "fuse_ffn needs an FFN without activation"),
     (["--n_embd=50", "--n_head=3"], 2, "cannot be split"),
     (["--uniform_layers=3"], 2, "uniform_layers must be at least 0 and at most n_layer=2"),
-    (["--uniform_layers=2", "--entropy_reg=True"], 2, "leave one to softmax, --uniform_layers=1"),
+    (["--uniform_layers=2", "--entropy_reg=True"], 2, "leave it one, --uniform_layers and "),
     (["--lr_decay=step"], 2, "lr_decay must be one of 'linear', 'cosine'"),
     (["--reduction=max"], 2, "reduction must be one of"),
     (["--batch_size=0"], 2, "batch_size must be at least 1"),

@@ -1,0 +1,169 @@
+"""
+What trained models make of their context: does taking nonlinearities away cost recall?
+
+    python experiments/reproduce.py --only=architectures,frontier   # trains the models
+    python experiments/in_context.py                                # a minute each
+    python experiments/in_context.py --into=results                 # how results/ got its files
+
+Of every model of the first seed, by its last checkpoint:
+
+- in-context score (arXiv 2209.11895): mean loss at the last eighth of the positions less that at
+  the second eighth, on validation text, nats; the lower the more it makes of a longer context
+- induction: T/2 random tokens, twice. The loss on their second half, nats; log V is chance
+- the head that attends most to what followed the token's first occurrence, T/2 - 1 positions back:
+  its mean weight there, and its entropy on that text, nats
+"""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+from configurator import configure, die, end_on_signals, within  # noqa: E402
+
+end_on_signals()
+
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+from functools import partial  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import reproduce  # noqa: E402
+from data.dataset import open_dataset  # noqa: E402
+from entropy import attention_entropy, causal_attention  # noqa: E402
+from model import GPT, load_checkpoint  # noqa: E402
+from plot import COLOURS, write_figure, write_whole  # noqa: E402
+from tables import SEEDS, TABLES  # noqa: E402
+
+out_dir = "out/reproduce"  # where reproduce.py's runs live
+data_dir = "data"  # where datasets lie
+into = ""  # folder for in_context.json and in_context.png; out_dir if empty
+windows = 512  # validation windows
+sequences = 64  # of random tokens
+
+BATCH = 32  # windows at a time
+
+
+@torch.no_grad()
+def loss_by_position(model, x, y):
+    """Mean cross-entropy in nats at each position: x, y (N, T) -> (T,)."""
+    total = torch.zeros(x.shape[1])
+    for some, wanted in zip(x.split(BATCH), y.split(BATCH)):
+        logits = model(some)[0]                                               # (B, T, V)
+        total += F.cross_entropy(logits.mT, wanted, reduction="none").sum(0)  # (T,)
+    return total / len(x)
+
+
+def in_context_score(loss):
+    eighth = len(loss) // 8
+    return (loss[-eighth:].mean() - loss[eighth:2 * eighth].mean()).item()
+
+
+def repeated(V, T):
+    """(N, T + 1) random tokens: T/2, the same once more, and the first again."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randint(0, V, (sequences, T // 2), generator=generator)
+    return torch.cat((half, half, half[:, :1]), 1)
+
+
+@torch.no_grad()
+def heads_on(model, x):
+    """(L, H) each: mean weight T/2 - 1 positions back in the second half of x, and mean entropy."""
+    c, half = model.config, x.shape[1] // 2
+    weight, entropy = torch.zeros(2, c.n_layer, c.n_head)
+
+    def look(A, layer):
+        back = A.diagonal(1 - half, dim1=-2, dim2=-1)[..., 1:]  # of rows half to T - 1
+        weight[layer] = back.mean(-1).reshape(-1, c.n_head).mean(0)
+        entropy[layer] = attention_entropy(A).mean(-1).reshape(-1, c.n_head).mean(0)
+
+    def watched(q, k, v, block_mask, layer):
+        """attention_with_entropy(), with a look at the weights."""
+        A = causal_attention(q, k)  # (B, H, T, T)
+        look(A, layer)
+        return A @ v, attention_entropy(A)
+
+    for layer, block in enumerate(model.blocks):
+        if hasattr(block.attn, "pattern"):
+            look(block.attn.pattern(x.shape[1]), layer)
+        else:
+            block.attn.with_entropy = partial(watched, layer=layer)
+    model(x, return_entropy=True)
+    return weight, entropy
+
+
+def study(r):
+    """A row of reproduce.py's tables as its models' numbers, or None if it isn't trained."""
+    path = reproduce.folder(r["config"], r["flags"], SEEDS[0]) / "ckpt.pt"
+    if not path.exists() or not reproduce.result(r["config"], r["flags"], SEEDS[0]):
+        return None
+    model = GPT.from_checkpoint(load_checkpoint(path))
+    T, V = model.config.block_size, model.config.vocab_size
+    _, tokens, *_ = open_dataset(data_dir, reproduce.BASE["cpu"]["dataset"], T)
+    n = min(windows, (len(tokens) - 1) // T)
+    text = torch.tensor(tokens[:n * T + 1].astype(int))
+    on_text = loss_by_position(model, text[:-1].view(n, T), text[1:].view(n, T))
+    random = repeated(V, T)
+    on_random = loss_by_position(model, random[:, :-1], random[:, 1:])
+    weight, entropy = heads_on(model, random[:, :-1])
+    best = divmod(weight.argmax().item(), model.config.n_head)
+    return {"label": r["label"], "config": r["config"], "flags": r["flags"], "seed": SEEDS[0],
+            "parameters": sum(p.numel() for p in model.parameters()), "chance": math.log(V),
+            "in_context_score": in_context_score(on_text),
+            # a token's successor is known from the first's second occurrence on
+            "induction_loss": on_random[T // 2:].mean().item(),
+            "induction_head": {"layer_and_head": best, "weight": weight[best].item(),
+                               "entropy": entropy[best].item()},
+            "loss_on_text": on_text.tolist(), "loss_on_random": on_random.tolist()}
+
+
+def draw(rows, path):
+    """Loss by position, on text and on random tokens that are repeated."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for place, row in enumerate(rows):
+        style = ("-", "--", ":")[place // len(COLOURS) % 3]
+        for ax, key in zip(axes, ("loss_on_text", "loss_on_random")):
+            smooth = torch.tensor(row[key]).view(-1, 4).mean(1)
+            ax.plot(range(2, 4 * len(smooth), 4), smooth, style,
+                    color=COLOURS[place % len(COLOURS)], label=row["label"], linewidth=1)
+    axes[0].set(xlabel="position", ylabel="loss, nats", title="validation text")
+    axes[1].set(xlabel="position", title="random tokens, repeated")
+    axes[1].axhline(rows[0]["chance"], color="0.6", linestyle=":", linewidth=1)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    write_figure(fig, str(path))
+
+
+def main():
+    global out_dir, data_dir
+    configure(globals())
+    within(globals(), windows=(1, 10**6), sequences=(1, 10**4))
+    out_dir, data_dir = os.path.abspath(out_dir), os.path.abspath(data_dir)
+    reproduce.out_dir, reproduce.data_dir = out_dir, data_dir
+    folder = Path(into or out_dir)
+    chosen = {r["label"]: r for name in ("architectures", "frontier") for r in TABLES[name][2]}
+    try:
+        rows = [row for row in map(study, chosen.values()) if row]
+    except (OSError, ValueError) as e:
+        die(e)
+    if not rows:
+        die(f"no trained model in {out_dir}: python experiments/reproduce.py --only=architectures")
+    print(f"{'':<34}{'in-context':>11}{'induction':>11}  best head: weight, entropy")
+    for row in rows:
+        layer, head = row["induction_head"]["layer_and_head"]
+        print(f"{row['label']:<34}{row['in_context_score']:>11.2f}{row['induction_loss']:>11.2f}"
+              f"  {layer}.{head}: {row['induction_head']['weight']:.2f}, "
+              f"{row['induction_head']['entropy']:.2f}")
+    try:
+        write_whole(str(folder / "in_context.json"), (json.dumps(rows) + "\n").encode())
+        draw(rows, folder / "in_context.png")
+    except OSError as e:
+        die(f"can't write into {folder}: {e.strerror}")
+
+
+if __name__ == "__main__":
+    main()
