@@ -48,7 +48,7 @@ ckpt = ""                # role both: a checkpoint; the newest one under out/ if
 archs = ""               # role both: config files of config/, comma-separated, with random weights
 prompt = "def add(a, b):"  # the client's secret
 prompt_ids = ""          # or its token ids, such as 1,2,3, for a model without a tokenizer
-prompts = ""             # or a text file with a prompt on each line: one after the other, one set-up
+prompts = ""             # or a text file, a prompt on each line: one after the other
 max_new_tokens = 1       # how many tokens the reply may have: the parties know
 prompt_tokens = 0        # how many the prompt is padded to: the parties know; 0: the context
 temperature = 0.0        # of the client's choice among revealed logits; 0: the most likely token
@@ -92,10 +92,12 @@ DAY = 24 * 3600
 BOUNDS = {  # least and most
     "timeout": (5, DAY), "connect_timeout": (1, DAY), "measure_layers": (0, 1000),
     "max_new_tokens": (1, 2**16), "prompt_tokens": (0, 2**16), "temperature": (0, 1e6),
-    "top_k": (0, 2**24), "windows": (0, 10000), "seed": (0, 2**63 - 1), "n_layer": (1, 1000), "n_head": (1, 1000),
+    "top_k": (0, 2**24), "windows": (0, 10000), "seed": (0, 2**63 - 1),
+    "n_layer": (1, 1000), "n_head": (1, 1000),
     "n_embd": (1, 2**16), "block_size": (1, 2**16), "vocab_size": (1, 2**20),
 }
-PATHS = ("private", "public", "prompts", "windows_file", "tls", "json", "logits_file", "chart", "from_json")
+PATHS = ("private", "public", "prompts", "windows_file", "tls", "json", "logits_file", "chart",
+         "from_json")
 RESULT = {"arch", "n_layer", "protocol", "bytes_total", "bytes_by_kind", "measured_layers"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -123,7 +123,7 @@ def row_of_pattern(at, A):
 
 
 def own_heads(a, v):
-    """Each head's weights a (H, n) times its own columns of v (n, d), heads side by side: (1, d)."""
+    """Each head's weights a (H, n) times its own columns of v (n, d), side by side: (1, d)."""
     return only(own_columns(len(a), v.shape[1]), a @ v).sum(0, keepdims=True)
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,18 +65,19 @@ def end_parties():
         party.wait()
 
 
-def end_all(number, frame):
+def end_all(number, frame, mid_line=False):
     """A signal's handler: the parties end first, so that ours is the only line."""
     for party in PARTIES:
         party.kill()
-    end_now(f"stopped by {signal.Signals(number).name}", 128 + number)
+    end_now(f"stopped by {signal.Signals(number).name}", 128 + number, mid_line)
 
 
 def serve_clients(s):
     """
     Role server with --serve: one client after the other, until a signal ends it. Each has a process
     of its own here, which ends with it, so that nothing of a client is left for the next. Raises
-    what load_server() and listen_at() raise; what goes wrong later is a line, and the next is served.
+    what load_server() and listen_at() raise; what goes wrong later is a line, and the next is
+    served.
     """
     on_signals(end_all)
     load_server(s.private)
@@ -130,7 +132,7 @@ def private_run(s, model, tokenizer):
     Export the model, run every party, and compare with the model in the clear. Returns the client's
     result; if a window failed when the next token was there, with a sentence as "failed".
     """
-    on_signals(end_all)
+    on_signals(partial(end_all, mid_line=s.max_new_tokens > 1))
     with secret_folder() as folder:
         server, result_file = os.path.join(folder, "server"), os.path.join(folder, "result.json")
         public_file = os.path.join(server, "public.json")
@@ -140,8 +142,9 @@ def private_run(s, model, tokenizer):
         check_settings(s, public)
         prompts = read_prompts(s, public)
         texts = held_out(s, public) if s.windows else None
+        prompt_ids = ";".join(",".join(map(str, ids)) for ids in prompts)
         failed, bytes_tcp = run_parties(s, {
-            "client": {"public": public_file, "prompt_ids": ";".join(",".join(map(str, ids)) for ids in prompts),
+            "client": {"public": public_file, "prompt_ids": prompt_ids,
                        "json": result_file, "logits_file": logits_file},
             "server": {"private": server},
             "helper": {"public": public_file},

@@ -224,10 +224,10 @@ def one_party(s):
         keep(s, result, run.revealed, of_windows)
 
 
-def end_at_once_on_signals():
+def end_at_once_on_signals(mid_line):
     """
     Ctrl-C, SIGTERM and SIGHUP end this process with a line even while C++ is at work in the main
-    thread, where Python's own handlers would wait for the end of the step.
+    thread, where Python's own handlers would wait for the end of the step. mid_line: see end_now().
     """
     came, wakeup = socket.socketpair()
     wakeup.setblocking(False)
@@ -236,14 +236,14 @@ def end_at_once_on_signals():
 
     def wait():
         number = came.recv(1)[0]
-        end_now(f"stopped by {signal.Signals(number).name}", 128 + number)
+        end_now(f"stopped by {signal.Signals(number).name}", 128 + number, mid_line)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def run_party(s):
     """one_party() as all that is left of this process, which ends here: with status 0 or a line."""
-    end_at_once_on_signals()
+    end_at_once_on_signals(s.role == "client" and s.max_new_tokens > 1)
     try:
         one_party(s)
     except (OSError, ValueError) as e:

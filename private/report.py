@@ -16,8 +16,8 @@ PUBLISHED = {  # the paper's Tables 2, 6, 7, 3: (n_layer, block_size): {arch: (G
 }
 COLORS = {  # of the kinds of operation, in the order of a bar: what is not linear, then the rest
     "GELU": "#d55e00", "ReLU": "#e69f00", "softmax": "#0072b2", "LayerNorm": "#cc79a7",
-    "argmax": "#6a3d9a", "temperature": "#56b4e9", "average": "#b2df8a", "pattern": "#b15928", "matmul": "#009e73",
-    "embedding": "#f0e442", "set-up": "#999999", "head": "#000000",
+    "argmax": "#6a3d9a", "temperature": "#56b4e9", "average": "#b2df8a", "pattern": "#b15928",
+    "matmul": "#009e73", "embedding": "#f0e442", "set-up": "#999999", "head": "#000000",
 }
 OTHER = "#8c564b"  # of a kind that is not among these
 SMALL = 0.02  # of the longest bar: a kind that takes less has its figure in the legend
@@ -65,11 +65,11 @@ def same_as_plain(r):
 
 
 def on_average(passes):
-    """MB, messages and seconds by the clock of one of these passes."""
+    """MB, messages and seconds of one of these passes."""
     def mean(key):
         return sum(p[key] for p in passes) / len(passes)
 
-    return f"{mean('bytes') / 1e6:,.1f} / {mean('rounds'):,.0f} / {mean('seconds_wall'):,.1f}"
+    return f"{mean('bytes') / 1e6:,.1f} / {mean('rounds'):,.0f} / {mean('seconds'):,.1f}"
 
 
 def table(results):

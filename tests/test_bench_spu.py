@@ -502,6 +502,17 @@ def test_a_signal_ends_the_whole_run_with_one_line(name, moment, private_run):
     assert [line for line in out.splitlines() if " MB " not in line] == [f"stopped by {name}"]
 
 
+def test_ctrl_c_leaves_the_text_so_far(private_run):
+    parent, _ = private_run(*QUICK, "--protocol=semi2k", "--prompt_ids=7", "--max_new_tokens=16")
+    assert any(line.startswith("done ") for line in parent.stdout)
+    parent.stdout.read(len(" 7 42 "))
+    parent.send_signal(signal.SIGINT)
+    text, last = parent.communicate(timeout=30)[0].splitlines()
+    assert parent.returncode == 130
+    assert all(word.isdigit() for word in text.split())
+    assert last == "stopped by SIGINT"
+
+
 @pytest.mark.parametrize("number", range(FUZZ or 2))
 def test_a_party_or_the_parent_that_is_killed_ends_all(number, private_run):
     rng = random.Random(time.time() if FUZZ else number)
