@@ -1,9 +1,11 @@
 """
 Run a model privately between two parties with SecretFlow SPU (two-party Cheetah): the client holds
-a prompt, the server the weights, and the client alone learns the logits of the next token. Then
-say what it cost, as the paper's tables do. Both parties on this machine, a process each:
+a prompt, the server the weights, and the client alone learns the logits of the next token, or of
+as many as its reply shall have. Then say what it cost, as the paper's tables do. Both parties on
+this machine, a process each:
 
     python bench_spu.py --ckpt=out/ckpt.pt --prompt="def add(a, b):"
+    python bench_spu.py --ckpt=out/ckpt.pt --prompt="def add(a, b):" --max_new_tokens=20
     python bench_spu.py --archs=sm_ln_g,sm_ln_r,sm_scfuffn     # the paper's Table 2, random weights
     python bench_spu.py --archs=sm_ln_g,sm_scfuffn --n_layer=2 --n_embd=64 --n_head=2 \\
                         --vocab_size=512 --network=wan         # a toy, on a slow link
@@ -20,8 +22,9 @@ Each side listens on PORT for SPU's link. The server also listens on PORT + 1, w
 agree on model and code and notice each other's end. With --protocol=aby3 a third party runs
 --role=helper, and --peer names the two others in the order client, server, helper. Semi-honest
 security: all follow the protocol. The server learns nothing of the prompt but that it fits the
-context. The client learns the result, and what public.json says: the architecture, the tokenizer;
-and the embeddings, if the server exported with --embedding=public.
+context, and of the reply its number of tokens. The client learns the result, and what public.json
+says: the architecture, the tokenizer; and the embeddings, if the server exported with
+--embedding=public.
 
 Exit status 0; 1 with a line on each side that says what went wrong; 2 for a bad setting; 130, 143
 or 129 after Ctrl-C, SIGTERM or SIGHUP.
@@ -45,12 +48,18 @@ ckpt = ""                # role both: a checkpoint; the newest one under out/ if
 archs = ""               # role both: config files of config/, comma-separated, with random weights
 prompt = "def add(a, b):"  # the client's secret
 prompt_ids = ""          # or its token ids, such as 1,2,3, for a model without a tokenizer
+prompts = ""             # or a text file, a prompt on each line: one after the other
+max_new_tokens = 1       # how many tokens the reply may have: the parties know
+prompt_tokens = 0        # how many the prompt is padded to: the parties know; 0: the context
+temperature = 0.0        # of the client's choice among revealed logits; 0: the most likely token
+top_k = 0                # and that among so many of the likeliest; 0: all
 embedding = "private"    # role both: private | public (the client has them, see pi_export.py)
 reveal = "logits"        # what the client learns: logits, or only the most likely token
 windows = 0              # also compare secure with plain on so many windows of held-out text
 windows_file = ""        # client: the .bin of uint16 tokens they are cut from; both: else val.bin
 private = "out/private"  # server: folder of server.npz and public.json
 public = ""              # client, helper: public.json
+serve = False            # server: one client after the other, until Ctrl-C
 listen = ""              # one role: HOST:PORT where this party listens
 peer = ""                # one role: HOST:PORT where the other listens
 tls = ""                 # folder with ca.pem, cert.pem and key.pem: encrypt, and know the peer
@@ -82,10 +91,13 @@ seed = 1337
 DAY = 24 * 3600
 BOUNDS = {  # least and most
     "timeout": (5, DAY), "connect_timeout": (1, DAY), "measure_layers": (0, 1000),
-    "windows": (0, 10000), "seed": (0, 2**63 - 1), "n_layer": (1, 1000), "n_head": (1, 1000),
+    "max_new_tokens": (1, 2**16), "prompt_tokens": (0, 2**16), "temperature": (0, 1e6),
+    "top_k": (0, 2**24), "windows": (0, 10000), "seed": (0, 2**63 - 1),
+    "n_layer": (1, 1000), "n_head": (1, 1000),
     "n_embd": (1, 2**16), "block_size": (1, 2**16), "vocab_size": (1, 2**20),
 }
-PATHS = ("private", "public", "windows_file", "tls", "json", "logits_file", "chart", "from_json")
+PATHS = ("private", "public", "prompts", "windows_file", "tls", "json", "logits_file", "chart",
+         "from_json")
 RESULT = {"arch", "n_layer", "protocol", "bytes_total", "bytes_by_kind", "measured_layers"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -160,6 +172,8 @@ def describe(model, name, s):
         "nonlinear_ops": {kind: f"{n} x {rows}x{columns}" for kind, (n, (rows, columns)) in ops},
         "flops": model.flops(),
         "settings": {"reveal": reveal, "embedding": embedding, "tls": bool(tls), "seed": seed,
+                     "max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens,
+                     "temperature": temperature, "top_k": top_k,
                      "plain": s.plain, "weights": "random" if archs else "trained"},
         "versions": {"spu": spu.__version__, "torch": torch.__version__,
                      "numpy": numpy.__version__, "python": platform.python_version()},
@@ -191,11 +205,19 @@ def check_settings(given):
     if windows and (reveal == "token" or measure_layers or archs):
         die("--windows compares the logits of a whole trained model: not with --reveal=token, "
             "--measure_layers or --archs", 2)
+    if temperature and reveal == "token":
+        die("--temperature needs revealed logits to choose from: not with --reveal=token", 2)
+    if (plain or baseline) and (max_new_tokens > 1 or prompt_tokens):
+        die("--plain and --baseline are of one token behind a whole context: not with "
+            "--max_new_tokens or --prompt_tokens", 2)
     if network != "none" and protocol == "aby3":
         die("--network joins two parties, and aby3 has three", 2)
-    if archs and "prompt" in given:
+    if archs and {"prompt", "prompts"} & given.keys():
         die("--prompt needs a tokenizer, and --archs have none: give --prompt_ids=1,2,3", 2)
-    for one, other in (("archs", "ckpt"), ("prompt", "prompt_ids")):
+    if serve and (role != "server" or protocol == "aby3"):
+        die("--serve is for --role=server, of two parties", 2)
+    for one, other in (("archs", "ckpt"), ("prompt", "prompt_ids"), ("prompt", "prompts"),
+                       ("prompts", "prompt_ids")):
         if {one, other} <= set(given):
             die(f"--{one} and --{other} are two ways to say what to run: give one", 2)
     for name in archs.split(",") if archs else ():
@@ -247,6 +269,9 @@ def main():
         die("spu is not installed: it needs Python 3.10 or 3.11; pip install -r requirements.txt")
     from private.party import run_party, write_json, write_whole
     from private.report import draw, table
+    if serve:
+        from private.launch import serve_clients
+        serve_clients(settings())
     if role != "both":
         run_party(settings())
     results = []

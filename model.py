@@ -186,6 +186,20 @@ def linear(c, d_in, d_out, part, bias):
     return layer
 
 
+def choose(logits, temperature=1.0, top_k=0, generator=None):
+    """
+    A token (B, 1) for each row of logits (B, V): from the top_k likeliest (0: all), at a softmax
+    `temperature` over the vocabulary (below 1e-5: always the likeliest).
+    """
+    if temperature < 1e-5:
+        return logits.argmax(-1, keepdim=True)
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probabilities = F.softmax(logits / temperature, -1)
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
 def layernorm(used, c):
     return nn.LayerNorm(c.n_embd) if used else nn.Identity()
 
@@ -457,9 +471,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
         """
-        Sample max_new_tokens after idx (B, T), from the top_k likeliest tokens each (0: all), at a
-        softmax `temperature` over the vocabulary (below 1e-5: always the likeliest). Returns
-        (B, T + max_new_tokens). Raises ValueError if idx is empty or has a token that V lacks.
+        Sample max_new_tokens after idx (B, T), each by choose(). Returns (B, T + max_new_tokens).
+        Raises ValueError if idx is empty or has a token that V lacks.
 
         Keys and values are kept as long as all fits into block_size. From there on the context is
         the last block_size tokens, at positions that count from its start: every token moves every
@@ -477,14 +490,7 @@ class GPT(nn.Module):
                 cache = [{} for _ in self.blocks]
                 context = idx[:, -T:]
             logits = self(context, cache=cache)[0][:, -1].float()  # (B, V)
-            if temperature < 1e-5:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k:
-                    least = logits.topk(min(top_k, V)).values[:, -1:]
-                    logits[logits < least] = -math.inf
-                probabilities = F.softmax(logits / temperature, -1)
-                new = torch.multinomial(probabilities, 1, generator=generator)
+            new = choose(logits, temperature, top_k, generator)
             idx = torch.cat((idx, new), dim=1)
         return idx
 

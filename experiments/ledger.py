@@ -48,8 +48,9 @@ import jax.numpy as jnp  # noqa: E402
 
 from model import GPTConfig  # noqa: E402
 from private.block import now, row_attention, row_masks, split_heads  # noqa: E402
+from private.embed import GROUP, ROWS  # noqa: E402
 from private.engine import CLIENT, SERVER, Engine  # noqa: E402
-from private.infer import GROUP, ROWS, one_of_each  # noqa: E402
+from private.infer import one_of_each  # noqa: E402
 from private.lookup import buckets, queries  # noqa: E402
 from private.nonlinear import (  # noqa: E402
     EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only,

@@ -21,45 +21,43 @@ HEAD = ("head", "basis", "ln_f")  # the arrays of head() and of plain_head(), as
 
 
 # -------------------------------------------------------------------------------------------- model
-def block(op, x, w, c, f, units=(1.0, 1.0)):
+def block(op, x, w, c, f, units=(1.0, 1.0), cache=None):
     """
     One block, eq. 1 and 8: x (T, d) -> (T, d); or a run of m uniform ones, x + [C x, ..., C^m x]
     times one secret matrix, see fold_run() in pi_export.py. units: of its two LayerNorms, see
-    nonlinear.py.
+    nonlinear.py. cache: a dict, which gets what a further token needs, see further.py: "kv"
+    (T, 2 d), or "v" (T, d), or "means" (T, m d).
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
     if "qkv" in w:
-        y = attention(op, n, w, c, f)                                             # (T, d)
-    elif "pattern" in w:
-        y = by_position(op, n, w)                                                 # (T, d)
+        y = attention(op, n, w, c, f, cache)                                      # (T, d)
     else:
-        y = op("average", causal_means, n, layers=layers_in(w))                   # (T, m d)
+        y = without_softmax(op, n, w, cache)                                      # (T, m d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (T, d)
     return ffn(op, x, w, c, f, units[1])                                          # (T, d)
 
 
-def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0)):
+def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0), cache=None):
     """
     The last block, of which a next token needs one row: x (T, d) -> (1, d). last and seen (1, T)
-    are row_masks(): which row it is stays the client's secret.
+    are row_masks(): which row it is stays the client's secret. cache: as in block().
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
     if "qkv" in w:
         own = op("matmul", jnp.matmul, last, n)                                   # (1, d)
         x = op("matmul", jnp.matmul, last, x) if c.use_layernorm else own         # (1, d)
         y = row_attention(op, n, own, last, seen, w, c, f)                        # (1, d)
+        if cache is not None:
+            cache["kv"] = op("matmul", keys_values, n, *w["qkv"])                 # (T, 2 d)
     else:
-        if "pattern" in w:
-            y = by_position(op, n, w)                                             # (T, d)
-        else:
-            y = op("average", causal_means, n, layers=1)                          # (T, d)
+        y = without_softmax(op, n, w, cache)                                      # (T, d)
         x = op("matmul", jnp.matmul, last, x)                                     # (1, d)
         y = op("matmul", jnp.matmul, last, y)                                     # (1, d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (1, d)
     return ffn(op, x, w, c, f, units[1])                                          # (1, d)
 
 
-def attention(op, n, w, c, f):
+def attention(op, n, w, c, f, cache=None):
     """
     softmax(Q K^T) V, eq. 3, 6 and 9: n (T, d) -> (T, d).
 
@@ -72,6 +70,8 @@ def attention(op, n, w, c, f):
     qkv = op("matmul", linear, n, *w["qkv"])                                   # (T, 3 d)
     if "inverse_t" in w:
         qkv = op("temperature", by_temperature, qkv, *w["inverse_t"])          # (T, 3 d)
+    if cache is not None:
+        cache["kv"] = op("matmul", without_queries, qkv)                       # (T, 2 d)
     s = op("matmul", scores, qkv, n_head=H)                                    # (H, T, T)
     e = op("softmax", f.exponentials, s)                                       # (H, T, T)
     y = op("matmul", mix, e, qkv, n_head=H)                                    # (H, T, d_k)
@@ -132,17 +132,27 @@ def activation_kind(c):
 
 
 # ------------------------------------------------------------------------- heads without a softmax
-def by_position(op, n, w):
-    """A V of patterns that are the server's and not the text's: n (T, d) -> (T, d)."""
-    v = op("matmul", linear, n, *w["value"])                                   # (T, d)
-    return op("pattern", mix_by_position, *w["pattern"], v)                    # (T, d)
+def without_softmax(op, n, w, cache=None):
+    """
+    A V of patterns that are the server's and not the text's: n (T, d) -> (T, d). Of m uniform
+    layers the means, (T, m d).
+    """
+    if "pattern" in w:
+        kept, v = "v", op("matmul", linear, n, *w["value"])                    # (T, d)
+        y = op("pattern", mix_by_position, *w["pattern"], v)                   # (T, d)
+    else:
+        kept, v = "means", op("average", causal_means, n, layers=layers_in(w))  # (T, m d)
+        y = v
+    if cache is not None:
+        cache[kept] = v
+    return y
 
 
 def mix_by_position(A, v):
-    """A (H, T, T), v (T, d), whose heads are side by side -> A V (T, d)."""
-    H, T, _ = A.shape
+    """A (H, T, T) or more, v (T, d), whose heads are side by side -> A V (T, d)."""
+    T, H = len(v), len(A)
     v = v.reshape(T, H, -1).transpose(1, 0, 2)                                 # (H, T, d_k)
-    return join_heads(A @ v)
+    return join_heads(A[:, :T, :T] @ v)
 
 
 def layers_in(w):
@@ -207,8 +217,12 @@ def join_heads(y):
 def by_temperature(qkv, inverse_t):
     """Row i of each head's Q times inverse_t (H, T, 1): T x d products; logits are H x T x T."""
     q, _, _ = split_heads(qkv, len(inverse_t))
-    d = qkv.shape[1] // 3
-    return jnp.hstack((join_heads(q * inverse_t), qkv[:, d:]))
+    return jnp.hstack((join_heads(q * inverse_t[:, :len(qkv)]), without_queries(qkv)))
+
+
+def without_queries(qkv):
+    """K and V, side by side, of Q, K and V."""
+    return qkv[:, qkv.shape[1] // 3:]
 
 
 def scores(qkv, n_head):
@@ -239,10 +253,16 @@ def query(n, *W_and_b):
     return linear(n, *(a[..., :d] for a in W_and_b))
 
 
+def keys_values(n, W, b=None):
+    """K and V, side by side, of all rows. The bias is on Q alone: see fold_attention()."""
+    return linear(n, without_queries(W))
+
+
 def by_own_temperature(q, inverse_t, last):
     """q (1, d), each head's part times its inverse_t (H, T, 1) at the row that `last` marks."""
     d_k = q.shape[1] // len(inverse_t)
-    return q * jnp.repeat((last @ inverse_t).ravel(), d_k)
+    own = last @ inverse_t[:, :last.shape[1]]                                  # (H, 1, 1)
+    return q * jnp.repeat(own.ravel(), d_k)
 
 
 def own_columns(n_head, d):
@@ -308,24 +328,22 @@ def row_masks(row, T):
     return last, seen
 
 
-def forward(arrays, c, one_hot, f=EXACT, row=None, units=None):
+def forward(arrays, c, one_hot, f=EXACT, row=None, units=None, caches=None):
     """
     Logits (T, V) of one sequence, or (1, V) of position `row`, in the clear. one_hot (T, V): row i
     is the token at position i; c: the GPTConfig; f: EXACT or SECURE, whose square() means what it
-    says only where exp(x) is (1 + x/2)^2; units: of the 2 L + 1 LayerNorms.
+    says only where exp(x) is (1 + x/2)^2; units: of the 2 L + 1 LayerNorms; caches: a dict, which
+    gets each layer's cache.
     """
     T, L = len(one_hot), c.n_layer
     units = units or [1.0] * (2 * L + 1)
     x = one_hot @ arrays["wte"] + arrays["wpe"][:T]                            # (T, d)
     for i in layers_of(arrays):
         w = weights_of(arrays, f"blocks.{i}.")
-        if "inverse_t" in w:
-            w["inverse_t"] = (w["inverse_t"][0][:, :T],)                       # (H, T, 1)
-        if "pattern" in w:
-            w["pattern"] = (w["pattern"][0][:, :T, :T],)                       # (H, T, T)
         own_units = units[2 * i:2 * i + 2]
+        cache = None if caches is None else caches.setdefault(i, {})
         if row is not None and i == L - 1:
-            x = last_block(now, x, *row_masks(row, T), w, c, f, own_units)     # (1, d)
+            x = last_block(now, x, *row_masks(row, T), w, c, f, own_units, cache)  # (1, d)
         else:
-            x = block(now, x, w, c, f, own_units)                              # (T, d)
+            x = block(now, x, w, c, f, own_units, cache)                       # (T, d)
     return head(now, x, weights_of(arrays, *HEAD), c, f, units[-1])            # (T, V) or (1, V)

@@ -227,7 +227,7 @@ def load_weights(path):
 def check_weights(arrays):
     """Raise ValueError if a weight is nothing that the engine's fixed point holds."""
     for name, a in arrays.items():
-        limit = EMBEDDING if name == "wte" else PRODUCT
+        limit = EMBEDDING if name in ("wte", "wpe") else PRODUCT
         largest = np.abs(a).max()
         if not largest < limit:  # NaN isn't
             raise ValueError(f"{name} has a {largest:.1e}, and the engine's fixed point holds less "

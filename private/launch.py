@@ -10,18 +10,20 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import numpy as np
 import torch
 
 from configurator import on_signals
 from pi_export import export, write
-from private.files import load_public
-from private.meet import ROLES, end_now, free_addresses, host_port
-from private.party import HERE, check_layers, held_out, perplexity, prompt_tokens
+from private.files import load_public, load_server
+from private.meet import ROLES, end_now, free_addresses, host_port, listen_at
+from private.party import HERE, check_settings, held_out, perplexity, read_prompts
 from private.plain import plain_export
 from private.relay import relay
 
+PAUSE = 1  # seconds after a run that failed, which the next may do as well
 GRACE = 5  # seconds that the other parties have to say that one failed
 PARTIES = []
 
@@ -49,7 +51,7 @@ def start_party(s, role, **own):
     """
     party = subprocess.Popen([sys.executable, HERE / "private" / "party.py", role], text=True,
                              stdin=subprocess.PIPE, start_new_session=True,
-                             stdout=None if role == "client" else subprocess.DEVNULL)
+                             stdout=None if role == "client" or s.serve else subprocess.DEVNULL)
     PARTIES.append(party)
     with suppress(BrokenPipeError):  # it has died already, which why_failed() notices
         party.stdin.write(json.dumps(vars(s) | own | {"role": role}) + "\n")
@@ -63,11 +65,29 @@ def end_parties():
         party.wait()
 
 
-def end_all(number, frame):
+def end_all(number, frame, mid_line=False):
     """A signal's handler: the parties end first, so that ours is the only line."""
     for party in PARTIES:
         party.kill()
-    end_now(f"stopped by {signal.Signals(number).name}", 128 + number)
+    end_now(f"stopped by {signal.Signals(number).name}", 128 + number, mid_line)
+
+
+def serve_clients(s):
+    """
+    Role server with --serve: one client after the other, until a signal ends it. Each has a process
+    of its own here, which ends with it, so that nothing of a client is left for the next. Raises
+    what load_server() and listen_at() raise; what goes wrong later is a line, and the next is
+    served.
+    """
+    on_signals(end_all)
+    load_server(s.private)
+    listen_at(*host_port(s.listen, "--listen")).close()
+    while True:
+        start_party(s, "server")
+        failed = PARTIES[0].wait()
+        PARTIES.clear()
+        if failed:
+            time.sleep(PAUSE)
 
 
 def why_failed(roles):
@@ -112,18 +132,19 @@ def private_run(s, model, tokenizer):
     Export the model, run every party, and compare with the model in the clear. Returns the client's
     result; if a window failed when the next token was there, with a sentence as "failed".
     """
-    on_signals(end_all)
+    on_signals(partial(end_all, mid_line=s.max_new_tokens > 1))
     with secret_folder() as folder:
         server, result_file = os.path.join(folder, "server"), os.path.join(folder, "result.json")
         public_file = os.path.join(server, "public.json")
         logits_file = s.logits_file or os.path.join(folder, "logits.npz")
         write(model, tokenizer, server, plain_export if s.plain else export, s.embedding)
         public = load_public(public_file)
-        check_layers(s, public)
-        ids = prompt_tokens(s, public)
+        check_settings(s, public)
+        prompts = read_prompts(s, public)
         texts = held_out(s, public) if s.windows else None
+        prompt_ids = ";".join(",".join(map(str, ids)) for ids in prompts)
         failed, bytes_tcp = run_parties(s, {
-            "client": {"public": public_file, "prompt_ids": ",".join(map(str, ids)),
+            "client": {"public": public_file, "prompt_ids": prompt_ids,
                        "json": result_file, "logits_file": logits_file},
             "server": {"private": server},
             "helper": {"public": public_file},
@@ -138,15 +159,23 @@ def private_run(s, model, tokenizer):
             result["bytes_tcp"] = bytes_tcp
         if "token" in result:
             secure = np.load(logits_file) if s.reveal == "logits" else None
-            result |= beside_plain(model, ids, texts, secure)
+            replies = result.get("replies", [{"tokens": [result["token"]]}])
+            result |= beside_plain(model, prompts, replies, texts, secure)
         return result
 
 
 @torch.no_grad()
-def beside_plain(model, ids, texts, secure):
-    """How far the revealed logits, "next" (V,) and "windows" (N, T, V), are from the model's."""
-    clear = model(torch.from_numpy(ids)[None])[0][0, -1].numpy()
-    result = {"plain_token": int(clear.argmax())}
+def beside_plain(model, prompts, replies, texts, secure):
+    """
+    How far the revealed logits, "next" (n, V) of all tokens of the replies and "windows" (N, T, V),
+    are from the model's; and the tokens that are likeliest in the clear, each after those before.
+    """
+    clear = []
+    for ids, reply in zip(prompts, replies):
+        fed = torch.tensor([*ids, *reply["tokens"][:-1]])
+        clear.append(model(fed[None])[0][0, len(ids) - 1:].numpy())
+    clear = np.concatenate(clear)                                              # (n, V)
+    result = {"plain_token": int(clear[0].argmax()), "plain_tokens": clear.argmax(-1).tolist()}
     if secure is None:
         return result
     errors = [np.abs(secure["next"] - clear).max()]

@@ -37,10 +37,14 @@ BEAT = 1.0         # seconds between two signs of life
 ENDING = threading.Lock()
 
 
-def end_now(line, status):
-    """End the process with one line, whatever C++ is waiting for in the main thread."""
+def end_now(line, status, mid_line=False):
+    """
+    End the process with one line, whatever C++ is waiting for in the main thread. mid_line: a line
+    of text may not have ended yet.
+    """
     ENDING.acquire()  # and never release: a second thread's line would only confuse
-    print(" ".join(line.splitlines()), file=sys.stderr, flush=True)
+    before = "\n" if mid_line else ""
+    print(before + " ".join(line.splitlines()), file=sys.stderr, flush=True)
     os._exit(status)
 
 

@@ -142,6 +142,18 @@ def row_exponentials(s, seen, last=None):
     return jnp.exp(s - s.max(-1, keepdims=True))
 
 
+HIDDEN = -2.0**27  # added to a logit: below any other, and 64 bits hold the difference
+
+
+def next_exponentials(s, hidden, left):
+    """
+    The same of one row s (H, 1, n), at places where hidden (1, n) is 0; 0 where it is HIDDEN. left:
+    see secure_next_exponentials().
+    """
+    s = LOGIT_UNIT * (s + hidden)
+    return jnp.exp(s - s.max(-1, keepdims=True))
+
+
 def secure_exp(u):
     """
     exp(5 (u - 1)) by three squares of linear combinations, a least-squares fit. A logit z units
@@ -157,6 +169,9 @@ def secure_exp(u):
     z2 = square(z1 + q[0] * u)
     z3 = square(z2 + q[1] * z1 + q[2] * u)
     return e[0] * z3 + e[1] * z2 + e[2] * z1 + e[3] * u + e[4]
+
+
+CLIPPED = 4.914e-5  # secure_exp(-1)
 
 
 def clipped_exp(z):
@@ -209,6 +224,18 @@ def secure_row_exponentials(s, seen, last):
     own = (s[:, 0] @ last.T)[:, None]                                         # (H, 1, 1)
     s = seen * (s - own)                                                      # (H, 1, T)
     return seen * clipped_exp(s - s.max(-1, keepdims=True))                   # (H, 1, T)
+
+
+def secure_next_exponentials(s, hidden, left):
+    """
+    next_exponentials() of a row that sees itself, whose hidden places are the client's secret. Sums
+    are local: what is hidden is far below the clip, where secure_exp() is CLIPPED, and that much,
+    the client's left (1, n), is taken away again.
+
+    Range: logits up to 2^26. Price: clipped_exp(), a comparison and a choice for an entry.
+    """
+    s = s + hidden                                                            # (H, 1, n)
+    return clipped_exp(s - s.max(-1, keepdims=True)) - left                   # (H, 1, n)
 
 
 SUM_LEAST = 0.97   # what a row of secure_exponentials() may sum to in place of 1,
@@ -301,6 +328,7 @@ EXACT = SimpleNamespace(
     normalise=normalise,
     exponentials=exponentials,
     row_exponentials=row_exponentials,
+    next_exponentials=next_exponentials,
     reciprocal=reciprocal,
     activation={name: exact for name, (_, exact, _) in ACTIVATIONS.items()},
 )
@@ -308,6 +336,7 @@ SECURE = SimpleNamespace(
     normalise=by_rows(secure_normalise),
     exponentials=secure_exponentials,
     row_exponentials=secure_row_exponentials,
+    next_exponentials=secure_next_exponentials,
     reciprocal=secure_reciprocal,
     activation={name: secure for name, (_, _, secure) in ACTIVATIONS.items()},
 )

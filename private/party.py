@@ -29,39 +29,64 @@ import torch  # noqa: E402
 from configurator import on_signals  # noqa: E402
 from private.engine import Engine  # noqa: E402
 from private.files import load_embedding, load_public, load_server, write_whole  # noqa: E402
-from private.infer import infer  # noqa: E402
+from private.infer import infer, set_up  # noqa: E402
 from private.meet import (ROLES, end_now, greet, host_port, listen_at, quit_now,  # noqa: E402
                           warn_of_readers)
+from private.reply import Run, questions, tokenizer_of  # noqa: E402
 
-AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain")  # besides model and code
+AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain", "max_new_tokens",
+          "prompt_tokens")  # besides model and code
+PROMPT_IDS = "[0-9]{1,9}([,;][0-9]{1,9})*"  # of several prompts, one after each semicolon
+DAY = 24 * 3600
 STEP = 10  # times --timeout that a step may take while the other party shows signs of life
 
 
 # ------------------------------------------------------------------------------ what a party holds
-def tokenizer_of(public):
-    from data.prepare import load_tokenizer
-    return load_tokenizer(public["tokenizer"])
-
-
-def prompt_tokens(s, public):
-    """The client's token ids (n,). ValueError if there are none or the model can't take them."""
+def read_prompts(s, public):
+    """The client's prompts, arrays of token ids. ValueError if the model can't take one."""
     vocabulary, context = public["config"]["vocab_size"], public["config"]["block_size"]
     if s.prompt_ids:
-        if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", s.prompt_ids):
+        if not re.fullmatch(PROMPT_IDS, s.prompt_ids):
             raise ValueError(f"--prompt_ids must be like 1,2,3, and is {s.prompt_ids!r}")
-        ids = [int(i) for i in s.prompt_ids.split(",")]
+        prompts = [[int(i) for i in ids.split(",")] for ids in s.prompt_ids.split(";")]
     elif public["tokenizer"]:
-        ids = tokenizer_of(public).encode_ordinary(s.prompt)
+        texts = lines_of(s.prompts) if s.prompts else [s.prompt]
+        prompts = [tokenizer_of(public).encode_ordinary(text) for text in texts]
     elif s.archs:  # random weights take a random prompt
-        ids = np.random.default_rng(s.seed).integers(0, vocabulary, context)
+        length = min(s.prompt_tokens or context, max(1, context + 1 - s.max_new_tokens))
+        prompts = [np.random.default_rng(s.seed).integers(0, vocabulary, length)]
     else:
         raise ValueError("this model has no tokenizer for --prompt: give --prompt_ids=1,2,3")
-    if not len(ids):
+    for ids in prompts:
+        check_length(s, len(ids), context)
+    return [in_vocabulary(np.array(ids), vocabulary, "the prompt") for ids in prompts]
+
+
+def lines_of(path):
+    """The lines of a text file that have any content. ValueError if there are none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f.read().splitlines() if line.strip()]
+    except (OSError, UnicodeError) as e:
+        raise ValueError(f"can't read --prompts={path}: {e}") from e
+    if not lines:
+        raise ValueError(f"--prompts={path} has no prompt: a line for each")
+    return lines
+
+
+def check_length(s, n, context):
+    """ValueError unless a prompt of n tokens and the reply that is asked for fit the context."""
+    if not n:
         raise ValueError("the prompt is empty: give --prompt")
-    if len(ids) > context:
-        raise ValueError(f"the prompt has {len(ids)} tokens and the model's context is {context}: "
+    if n > context:
+        raise ValueError(f"the prompt has {n} tokens and the model's context is {context}: "
                          "shorten it")
-    return in_vocabulary(np.array(ids), vocabulary, "the prompt")
+    if n > (s.prompt_tokens or context):
+        raise ValueError(f"the prompt has {n} tokens and --prompt_tokens is {s.prompt_tokens}: "
+                         "shorten it, or have both sides set more")
+    if n + s.max_new_tokens - 1 > context:
+        raise ValueError(f"the prompt has {n} tokens, --max_new_tokens is {s.max_new_tokens} and "
+                         f"the model's context {context}: {context + 1 - n} would fit")
 
 
 def in_vocabulary(ids, size, what):
@@ -84,27 +109,32 @@ def held_out(s, public):
     return in_vocabulary(texts, public["config"]["vocab_size"], path)
 
 
-def check_layers(s, public):
+def check_settings(s, public):
+    """ValueError if the settings don't go with the model."""
+    context = public["config"]["block_size"]
+    if s.prompt_tokens > context:
+        raise ValueError(f"--prompt_tokens must be at most the model's context, {context}, and is "
+                         f"{s.prompt_tokens}")
     if s.measure_layers == 1 and public["embedding"] != "private":
         raise ValueError("--measure_layers must be 0 or at least 2 with a public embedding: the "
                          "first layer, its input the client's own, is cheaper than the rest")
 
 
 def load_own(s):
-    """(public, weights, ids, texts) of a party, None for what isn't its own to hold."""
-    weights = ids = texts = None
+    """(public, weights, prompts, texts) of a party, None for what isn't its own to hold."""
+    weights = prompts = texts = None
     if s.role == "server":
         public, weights = load_server(s.private)
         warn_of_readers(os.path.join(s.private, "server.npz"))
     else:
         public = load_public(s.public)
-    check_layers(s, public)
+    check_settings(s, public)
     if s.role == "client":
-        ids = prompt_tokens(s, public)
+        prompts = read_prompts(s, public)
         texts = held_out(s, public) if s.windows else None
         if public["embedding"] != "private":
             weights = load_embedding(os.path.dirname(s.public), public)
-    return public, weights, ids, texts
+    return public, weights, prompts, texts
 
 
 def agreement(s, public):
@@ -126,36 +156,6 @@ def agreement(s, public):
 
 
 # ------------------------------------------------------------------------------ what it tells
-def totals(costs):
-    """The costs of infer() added up: in all, and by kind of operation."""
-    by_kind = {}
-    for kind, times, cost in costs:
-        by_kind[kind] = by_kind.get(kind, 0) + times * cost
-    total = sum(by_kind.values())
-    return {
-        "bytes_total": int(total[0]),
-        "bytes_by_kind": {kind: int(cost[0]) for kind, cost in by_kind.items()},
-        "bytes_of_truncations": int(total[3]),
-        "rounds": int(total[1]),
-        "rounds_by_kind": {kind: int(cost[1]) for kind, cost in by_kind.items()},
-        "seconds": float(total[2]),
-        "seconds_by_kind": {kind: float(cost[2]) for kind, cost in by_kind.items()},
-    }
-
-
-def next_token(s, public, revealed, say):
-    """The token that was revealed, or that the revealed logits favour, if all layers were run."""
-    layers = public["config"]["n_layer"]
-    if 0 < s.measure_layers < layers:
-        return {"measured_layers": s.measure_layers}
-    token = int(revealed.argmax() if s.reveal == "logits" else revealed)
-    text = ""
-    if public["tokenizer"] and token < tokenizer_of(public).n_vocab:  # else it is padding of V
-        text = repr(tokenizer_of(public).decode([token]))
-    say(f"next token: {token} {text}")
-    return {"measured_layers": layers, "token": token}
-
-
 def perplexity(logits, targets):
     """exp of the mean cross-entropy: logits (N, T, V), targets (N, T)."""
     logits = torch.from_numpy(logits).double().flatten(0, 1)
@@ -168,49 +168,49 @@ def write_json(path, value):
 
 
 def keep(s, result, revealed, of_windows):
-    """Write the client's result, and the revealed logits of a whole model, where asked for."""
+    """
+    Write the client's result, and the revealed logits of a whole model, where asked for: "next"
+    (n, V) of all tokens of all replies, "windows" (N, T, V).
+    """
     if s.json:
         write_json(s.json, result)
     if s.logits_file and "token" in result and s.reveal == "logits":
         windows = np.array(of_windows, np.float32)
-        write_whole(s.logits_file, lambda f: np.savez(f, next=revealed, windows=windows))
+        all_next = np.array(revealed, np.float32)
+        write_whole(s.logits_file, lambda f: np.savez(f, next=all_next, windows=windows))
 
 
 # ------------------------------------------------------------------------------ the run
 def one_party(s):
-    """Meet, compute, tell. The client prints the next token and writes its result."""
+    """Meet, compute, tell. The client prints the reply and writes its result."""
     rank = ROLES.index(s.role)
-    public, weights, ids, texts = load_own(s)
+    public, weights, prompts, texts = load_own(s)
     addresses = s.peer.split(",")
     addresses.insert(rank, s.listen)
     listen_at(*host_port(s.listen, "--listen")).close()  # SPU has no words for a port that is taken
-    session, farewell = greet(rank, addresses, agreement(s, public), s.connect_timeout, s.timeout,
-                              s.tls)
-    started = time.time()
+    patience = DAY if s.serve else s.connect_timeout
+    session, farewell = greet(rank, addresses, agreement(s, public), patience, s.timeout, s.tls)
     engine = Engine(rank, addresses, s.protocol, STEP * s.timeout, s.connect_timeout / 2, s.tls,
                     s.plain, session)
     engine.terminal.reconfigure(errors="backslashreplace")
-
-    def say(line):
-        print(line, file=engine.terminal, flush=True)
-
-    def told(stage, costs):
-        megabytes = sum(cost[0] for _, _, cost in costs) / 1e6
-        say(f"{stage:<24} {megabytes:10.1f} MB {time.time() - started:8.1f} s")
-
-    revealed, costs = infer(engine, public, weights, ids, told, s.measure_layers, s.reveal)
-    result = totals(costs) | {"seconds_wall": time.time() - started}
+    run = Run(s, engine, public, weights)
+    set_up(engine)
+    run.spent(engine.costs, "set-up")
     of_windows = []
-    if s.role == "client":
-        result |= next_token(s, public, revealed, say)
-        keep(s, result, revealed, of_windows)  # a window may fail yet
+    for ids in questions(engine, prompts):
+        run.answer(ids)
+        if s.role == "client":
+            result = run.result()
+            keep(s, result, run.revealed, of_windows)  # what follows may fail yet
     for i in range(s.windows):
         def told_of_window(stage, costs, name=f"window {i + 1}/{s.windows}, "):
-            told(name + stage, costs)
+            run.told(name + stage, costs)
 
         text = None if texts is None else texts[i, :-1]
         logits, _ = infer(engine, public, weights, text, told_of_window, every_row=True)
         of_windows.append(logits)
+    if s.serve:
+        run.say(run.summary())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # The client names no memory of its own to the others: it could tell of its text.
     others = farewell({s.role: peak} if s.role == "server" else {})
@@ -220,14 +220,14 @@ def one_party(s):
         if s.windows:
             result["windows"] = s.windows
             result["secure_perplexity"] = perplexity(np.array(of_windows), texts[:, 1:])
-            say(f"perplexity of {s.windows} windows: {result['secure_perplexity']:.2f}")
-        keep(s, result, revealed, of_windows)
+            run.say(f"perplexity of {s.windows} windows: {result['secure_perplexity']:.2f}")
+        keep(s, result, run.revealed, of_windows)
 
 
-def end_at_once_on_signals():
+def end_at_once_on_signals(mid_line):
     """
     Ctrl-C, SIGTERM and SIGHUP end this process with a line even while C++ is at work in the main
-    thread, where Python's own handlers would wait for the end of the step.
+    thread, where Python's own handlers would wait for the end of the step. mid_line: see end_now().
     """
     came, wakeup = socket.socketpair()
     wakeup.setblocking(False)
@@ -236,14 +236,14 @@ def end_at_once_on_signals():
 
     def wait():
         number = came.recv(1)[0]
-        end_now(f"stopped by {signal.Signals(number).name}", 128 + number)
+        end_now(f"stopped by {signal.Signals(number).name}", 128 + number, mid_line)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def run_party(s):
     """one_party() as all that is left of this process, which ends here: with status 0 or a line."""
-    end_at_once_on_signals()
+    end_at_once_on_signals(s.role == "client" and s.max_new_tokens > 1)
     try:
         one_party(s)
     except (OSError, ValueError) as e:

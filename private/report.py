@@ -16,8 +16,8 @@ PUBLISHED = {  # the paper's Tables 2, 6, 7, 3: (n_layer, block_size): {arch: (G
 }
 COLORS = {  # of the kinds of operation, in the order of a bar: what is not linear, then the rest
     "GELU": "#d55e00", "ReLU": "#e69f00", "softmax": "#0072b2", "LayerNorm": "#cc79a7",
-    "argmax": "#6a3d9a", "temperature": "#56b4e9", "average": "#b2df8a", "pattern": "#b15928", "matmul": "#009e73",
-    "embedding": "#f0e442", "set-up": "#999999", "head": "#000000",
+    "argmax": "#6a3d9a", "temperature": "#56b4e9", "average": "#b2df8a", "pattern": "#b15928",
+    "matmul": "#009e73", "embedding": "#f0e442", "set-up": "#999999", "head": "#000000",
 }
 OTHER = "#8c564b"  # of a kind that is not among these
 SMALL = 0.02  # of the longest bar: a kind that takes less has its figure in the legend
@@ -25,8 +25,9 @@ OPERATIONS = {"SM": "softmaxes", "LN": "LayerNorms", "G": "GELUs", "R": "ReLUs"}
 
 
 def published(r):
-    """(GB, minutes) that the paper prints for a run's architecture and size, or None."""
-    if (r["n_embd"], r["n_head"], r["vocab_size"], r["protocol"]) != (768, 12, 50257, "cheetah"):
+    """(GB, minutes) that the paper prints for one token of a run's architecture, or None."""
+    size = r["n_embd"], r["n_head"], r["vocab_size"], r["protocol"]
+    if size != (768, 12, 50257, "cheetah") or tokens_of(r) > 1:
         return None
     return PUBLISHED.get((r["n_layer"], r["block_size"]), {}).get(r["arch"].removesuffix(" plain"))
 
@@ -45,6 +46,30 @@ def layers_run(r):
         return f"all {r['n_layer']}"
     last = "" if r["settings"]["plain"] else " + last"
     return f"{r['measured_layers']}{last}, {r['n_layer']} (multiplied)"
+
+
+def tokens_of(r):
+    """How many tokens a run made; of one whose result means nothing, passes."""
+    return sum(len(reply["passes"]) for reply in r.get("replies", [{"passes": [None]}]))
+
+
+def same_as_plain(r):
+    """Whether the reply's tokens are the likeliest in the clear, if the client chose these."""
+    if r["settings"].get("temperature"):
+        return ""
+    if "replies" not in r:
+        return "yes" if r["token"] == r["plain_token"] else "NO"
+    tokens = [token for reply in r["replies"] for token in reply["tokens"]]
+    same = [a == b for a, b in zip(tokens, r["plain_tokens"])]
+    return "yes" if all(same) else f"NO, {sum(same)} of {len(same)}"
+
+
+def on_average(passes):
+    """MB, messages and seconds of one of these passes."""
+    def mean(key):
+        return sum(p[key] for p in passes) / len(passes)
+
+    return f"{mean('bytes') / 1e6:,.1f} / {mean('rounds'):,.0f} / {mean('seconds'):,.1f}"
 
 
 def table(results):
@@ -69,6 +94,11 @@ def table(results):
         ("messages (round trips at most)", lambda r: f"{r['rounds']:,}"),
         (f"seconds, link {first['network']}", lambda r: f"{r['seconds']:.1f}"),
         ("layers run, of", layers_run),
+        ("tokens", lambda r: f"{tokens_of(r)}" if "replies" in r else ""),
+        ("  the first: MB / messages / s",
+         lambda r: on_average([reply["passes"][0] for reply in r["replies"]])),
+        ("  a further one",
+         lambda r: on_average([one for reply in r["replies"] for one in reply["passes"][1:]])),
     ]
     if len(results) > 1:
         rows += [
@@ -82,7 +112,7 @@ def table(results):
         ("peak memory of a party, GB",
          lambda r: f"{max(r['peak_memory_bytes'].values()) / 1e9:.1f}"),
         ("max |secure - plain| logit", lambda r: f"{r['max_abs_err']:.1e}"),
-        ("same token as in plain", lambda r: "yes" if r["token"] == r["plain_token"] else "NO"),
+        ("same token as in plain", same_as_plain),
         ("top-1 agreement",
          lambda r: f"{r['top1_agreement']:.1%} of {r['windows'] * r['block_size']}"),
         ("perplexity, secure / plain",
@@ -92,12 +122,18 @@ def table(results):
     def cell(figure, r):
         try:
             return figure(r)
-        except (KeyError, TypeError):  # missing, or None
+        except (KeyError, TypeError, ZeroDivisionError):  # missing, None, or none of them
             return ""
 
     cells = [[name, *(cell(figure, r) for r in results)] for name, figure in rows]
     header = ["", *(r["arch"] for r in results)]
     return aligned([header] + [row for row in cells if any(row[1:])])
+
+
+def counted(results):
+    """What the bars are of."""
+    most = max(map(tokens_of, results))
+    return "one private next token" if most == 1 else f"{most} private tokens"
 
 
 def draw_kinds(axes, results, unit, name):
@@ -116,7 +152,7 @@ def draw_kinds(axes, results, unit, name):
     for place, end in enumerate(ends):
         axes.text(end, place, f" {end:.2f} {name}", va="center")
     axes.set(yticks=range(len(results)), yticklabels=[r["arch"] for r in results],
-             xlabel=f"{name} of one private next token, both directions")
+             xlabel=f"{name} of {counted(results)}, both directions")
 
 
 def draw_published(axes, results):

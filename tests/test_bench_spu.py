@@ -301,6 +301,107 @@ def test_only_the_token_is_revealed(exported, certificates):
     assert "NO" not in out
 
 
+# ------------------------------------------------------------------------------ replies
+LOUD = {  # models of random weights large enough to have opinions
+    "SM+ScFuFFN of all kinds": {"n_layer": 4, "uniform_layers": 2, "positional_layers": 1},
+    "SM+LN+G, uniform": {"use_layernorm": True, "use_gelu": True, "fuse_ffn": False,
+                         "learnable_ffn_scale": False, "uniform_layers": 1, "bias": True},
+}
+
+
+def loud(name, seed):
+    torch.manual_seed(seed)
+    flags = dict(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=32, use_layernorm=False,
+                 use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True) | LOUD[name]
+    model = GPT(GPTConfig(**flags)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def greedy(model, text, n):
+    """The n tokens that the model continues a text with in the clear."""
+    return model.generate(torch.tensor([list(text.encode())]), n, temperature=0)[0, -n:].tolist()
+
+
+@pytest.mark.parametrize("name, seed, tokens, args", [
+    ("SM+ScFuFFN of all kinds", 33, 6, ["--prompt_tokens=11", "--embedding=public"]),
+    ("SM+LN+G, uniform", 0, 8, []),
+])
+def test_a_reply_is_the_text_of_the_clear(name, seed, tokens, args, tmp_path):
+    """Token by token up to an end token, here 257, or the end of the context."""
+    model = loud(name, seed)
+    tokenizer = TOKENIZER | {"special": {"<|endoftext|>": 257}}
+    save_checkpoint(str(tmp_path / "ckpt.pt"), model, tokenizer=tokenizer)
+    (r,), out = results_of(tmp_path, f"--ckpt={tmp_path / 'ckpt.pt'}", "--protocol=semi2k",
+                           f"--prompt={PROMPT}", "--max_new_tokens=8", *args)
+    (answer,) = r["replies"]
+    assert answer["tokens"] == r["plain_tokens"] == greedy(model, PROMPT, 8)[:tokens]
+    assert (answer["tokens"][-1] == 257) == (tokens < 8)
+    assert "endoftext" not in answer["text"]
+    assert f"\n{PROMPT}" in out
+    assert len(answer["passes"]) == tokens
+    first, *further = (one["bytes"] for one in answer["passes"])
+    assert {*further} == {further[0]}
+    spent = first + sum(further)
+    assert spent == pytest.approx(r["bytes_total"], rel=0.01)
+    assert "a further one" in out
+    assert r["max_abs_err"] < 0.02 * 10
+
+
+def test_a_reply_of_two_roles_by_tokens_alone(exported, tmp_path):
+    """The server hears the number of tokens. Not the client's prompt, nor what it gets."""
+    folder, model = exported
+    server, client = pair(folder, "--reveal=token", "--max_new_tokens=4", "--prompt_tokens=10",
+                          client=[f"--prompt={PROMPT}", f"--json={tmp_path / 'r.json'}"])
+    out = client.communicate(timeout=200)[0]
+    server_out = server.communicate(timeout=30)[0]
+    assert (client.returncode, server.returncode) == (0, 0), out + server_out
+    (answer,) = json.loads((tmp_path / "r.json").read_text())["replies"]
+    assert answer["tokens"] == greedy(model, PROMPT, 4)
+    assert "token 4/4" in server_out
+    assert PROMPT not in server_out
+
+
+def test_a_server_serves_one_client_after_the_other(exported, tmp_path):
+    """
+    One that asks two questions of one set-up, one that is killed in the middle, one that has other
+    settings; and the next is served. Its text is drawn with the seed as the model's in the clear.
+    """
+    folder, model = exported
+    c, s = free_addresses(2)
+    both = ["--protocol=semi2k", "--max_new_tokens=3", f"--prompt_tokens={len(PROMPT)}"]
+    server = popen("--role=server", "--serve=True", f"--private={folder / 'server'}",
+                   f"--listen={s}", f"--peer={c}", *both)
+
+    def client(*args):
+        return popen("--role=client", f"--public={folder / 'client' / 'public.json'}",
+                     f"--listen={c}", f"--peer={s}", f"--json={tmp_path / 'r.json'}",
+                     "--connect_timeout=60", *both, *args)
+
+    (tmp_path / "questions.txt").write_text(f"{PROMPT}\n\ndef\n")
+    assert client(f"--prompts={tmp_path / 'questions.txt'}").wait(timeout=100) == 0
+    replies = json.loads((tmp_path / "r.json").read_text())["replies"]
+    assert [reply["tokens"] for reply in replies] == [greedy(model, PROMPT, 3),
+                                                      greedy(model, "def", 3)]
+    killed = client(f"--prompt={PROMPT}")
+    killed.stdout.readline()  # the set-up is done
+    killed.kill()
+    stranger = client(f"--prompt={PROMPT}", "--reveal=token")
+    assert "another reveal" in stranger.communicate(timeout=60)[0]
+    last = client(f"--prompt={PROMPT}", "--temperature=1.5", "--top_k=20", "--seed=4")
+    assert last.wait(timeout=100) == 0
+    drawn = model.generate(torch.tensor([list(PROMPT.encode())]), 3, 1.5, 20,
+                           torch.Generator().manual_seed(4))[0, -3:].tolist()
+    assert json.loads((tmp_path / "r.json").read_text())["replies"][0]["tokens"] == drawn
+    server.send_signal(signal.SIGINT)
+    lines = server.communicate(timeout=10)[0].splitlines()
+    said = [line.split(":")[0] for line in lines]
+    assert said == ["served 2 prompts, 6 tokens", "error", "error", "served 1 prompts, 3 tokens",
+                    "stopped by SIGINT"]
+
+
 # ------------------------------------------------------------------------------ two that don't fit
 def test_a_link_that_cannot_stand_is_given_up(exported):
     """They greet, but the server's --peer isn't where the client listens. SPU would wait on."""
@@ -403,6 +504,17 @@ def test_a_signal_ends_the_whole_run_with_one_line(name, moment, private_run):
     assert [line for line in out.splitlines() if " MB " not in line] == [f"stopped by {name}"]
 
 
+def test_ctrl_c_leaves_the_text_so_far(private_run):
+    parent, _ = private_run(*QUICK, "--protocol=semi2k", "--prompt_ids=7", "--max_new_tokens=16")
+    assert any(line.startswith("done ") for line in parent.stdout)
+    parent.stdout.read(len(" 7 42 "))
+    parent.send_signal(signal.SIGINT)
+    text, last = parent.communicate(timeout=30)[0].splitlines()
+    assert parent.returncode == 130
+    assert all(word.isdigit() for word in text.split())
+    assert last == "stopped by SIGINT"
+
+
 @pytest.mark.parametrize("number", range(FUZZ or 2))
 def test_a_party_or_the_parent_that_is_killed_ends_all(number, private_run):
     rng = random.Random(time.time() if FUZZ else number)
@@ -500,6 +612,15 @@ NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,
     (["--ckpt={bare}"], 1, NO_TOKENIZER),
     (["--ckpt={bare}", "--prompt=def"], 1, NO_TOKENIZER),
     (["--ckpt=nowhere.pt"], 1, "no checkpoint at nowhere.pt"),
+    ([*CLIENT, *PLACES, "--prompt=def f(x):", "--max_new_tokens=9"], 1, "16: 8 would fit"),
+    ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=2"], 1, "--prompt_tokens is 2"),
+    ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=17"], 1, "at most the model's context"),
+    ([*CLIENT, *PLACES, "--prompts=nowhere.txt"], 1, "can't read --prompts=nowhere.txt"),
+    ([*CLIENT, *PLACES, "--prompts=/dev/null"], 1, "--prompts=/dev/null has no prompt"),
+    ([*CLIENT, *PLACES, "--temperature=1", "--reveal=token"], 2, "not with --reveal=token"),
+    ([*SERVER, *PLACES, "--serve=True", "--private={client}"], 1, "server.npz"),
+    ([*CKPT, "--serve=True"], 2, "--serve is for --role=server"),
+    ([*CKPT, "--plain=True", "--max_new_tokens=2"], 2, "--plain and --baseline"),
     (["--archs=sm_lng"], 2, "no architecture 'sm_lng'"),
     (["--archs=sm_ln_g", "--n_head=5"], 2, "cannot be split"),
     (["--archs=sm_ln_g", "--uniform_layers=13"], 2, "at most n_layer=12, and is 13"),

@@ -31,6 +31,17 @@ def test_a_square_in_blocks_and_a_rest(in_the_clear, n):
     assert np.array_equal(nonlinear.square(w), w * w)
 
 
+def test_hidden_places_count_nothing(in_the_clear):
+    """Beside the same row without them, wherever their logits are: 9 of 300 places are seen."""
+    s = 3 * normal(2, 1, 300)
+    s[..., 9:] += 1000
+    hidden = np.where(np.arange(300) < 9, 0, nonlinear.HIDDEN)[None]
+    left = np.where(hidden, nonlinear.CLIPPED, 0)
+    e = np.asarray(nonlinear.secure_next_exponentials(s, hidden, left))
+    assert np.abs(e - nonlinear.next_exponentials(s, hidden, left)).max() < 4e-3
+    assert np.abs(e[..., 9:]).max() < 1e-6
+
+
 def test_the_exponential_fit(in_the_clear):
     z = np.linspace(-10, 0, 100_001)
     e = nonlinear.secure_exp(z / nonlinear.LOGIT_UNIT + 1)

@@ -1,0 +1,198 @@
+"""
+Replies to the client's prompts, token by token, and what they cost.
+
+The client chooses each token from what is revealed, alone, and tells the others one bit: whether it
+wants another. They learn the number of tokens by that, and nothing of what they are.
+"""
+import codecs
+import time
+
+import torch
+
+from model import choose
+from private.engine import CLIENT
+from private.infer import Cache, infer, infer_next
+
+
+def tokenizer_of(public):
+    from data.tokenizer import load_tokenizer
+    return load_tokenizer(public["tokenizer"])
+
+
+def goes_on(engine, wanted=None):
+    """Whether the client wants to go on, which it says, and all others hear."""
+    if engine.rank != CLIENT:
+        return int(engine.link.recv(CLIENT)) == 1
+    for rank in range(1, engine.size):
+        engine.link.send(rank, str(int(wanted)))
+    return wanted
+
+
+def questions(engine, prompts):
+    """
+    The client's prompts, one after the other; on the others, who hear only that there is one, None
+    for each.
+    """
+    if engine.rank != CLIENT:
+        while goes_on(engine):
+            yield None
+        return
+    for ids in prompts:
+        goes_on(engine, True)
+        yield ids
+    goes_on(engine, False)
+
+
+def reply(engine, public, weights, ids, s, chooser, told):
+    """
+    The tokens behind the prompt ids, at most s.max_new_tokens, as they come: yields (token,
+    revealed, costs) of each pass, on the client; None for the first two on the others. s has
+    bench_spu.py's settings; told: see infer(); all else as of infer().
+    """
+    client = engine.rank == CLIENT
+    most, padded_to = s.max_new_tokens, s.prompt_tokens or public["config"]["block_size"]
+    cache = None
+    if most > 1:
+        cache = Cache(padded_to, len(ids) if client else None, room=most - 1)
+    revealed, costs = infer(engine, public, weights, ids, told, s.measure_layers, s.reveal,
+                            padded_to=padded_to, cache=cache)
+    for left in range(most - 1, -1, -1):
+        token = chooser.choose(revealed) if client else None
+        yield token, revealed, costs
+        if not left or not goes_on(engine, client and token not in chooser.ends):
+            return
+        revealed, costs = infer_next(engine, public, weights, token, cache, s.measure_layers,
+                                     s.reveal)
+
+
+class Chooser:
+    """The client's choice of tokens, and which of them end a text."""
+
+    def __init__(self, s, tokenizer):
+        self.s = s
+        self.ends = set(tokenizer["special"].values()) if tokenizer else set()
+        self.generator = torch.Generator().manual_seed(s.seed)
+
+    def choose(self, revealed):
+        """The next token. revealed: logits (V,), or the token itself."""
+        if self.s.reveal == "token":
+            return int(revealed)
+        logits = torch.from_numpy(revealed).float()[None]
+        return int(choose(logits, self.s.temperature, self.s.top_k, self.generator))
+
+
+class Text:
+    """Tokens as text, as they come: a character of several may be whole only with the last."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def more(self, tokens):
+        """What these tokens add. Those that the encoding lacks, padding of V, have no text."""
+        if self.encoding is None:
+            return "".join(f" {token}" for token in tokens)
+        known = [token for token in tokens if token < self.encoding.n_vocab]
+        return self.decoder.decode(self.encoding.decode_bytes(known))
+
+
+# ------------------------------------------------------------------------------------ what it costs
+def totals(costs):
+    """The costs of infer() added up: in all, and by kind of operation."""
+    by_kind = {}
+    for kind, times, cost in costs:
+        by_kind[kind] = by_kind.get(kind, 0) + times * cost
+    total = sum(by_kind.values())
+    return {
+        "bytes_total": int(total[0]),
+        "bytes_by_kind": {kind: int(cost[0]) for kind, cost in by_kind.items()},
+        "bytes_of_truncations": int(total[3]),
+        "rounds": int(total[1]),
+        "rounds_by_kind": {kind: int(cost[1]) for kind, cost in by_kind.items()},
+        "seconds": float(total[2]),
+        "seconds_by_kind": {kind: float(cost[2]) for kind, cost in by_kind.items()},
+    }
+
+
+class Run:
+    """
+    What has come of a party's run so far, and how its user hears of it. On the client .replies has
+    a JSON object for each prompt, and .revealed what was revealed, of all tokens of all replies.
+    """
+
+    def __init__(self, s, engine, public, weights):
+        self.s, self.engine, self.public, self.weights = s, engine, public, weights
+        self.started = self.before = time.time()
+        self.costs = []
+        self.replies = []
+        self.revealed = []
+        self.layers = public["config"]["n_layer"]
+        self.whole = not 0 < s.measure_layers < self.layers
+        self.encoding = tokenizer_of(public) if public["tokenizer"] else None
+        self.chooser = Chooser(s, public["tokenizer"])
+
+    def say(self, line, end="\n"):
+        print(line, end=end, file=self.engine.terminal, flush=True)
+
+    def told(self, stage, costs):
+        """Say how far a pass with these costs has come. A server of many says a line for each."""
+        if not self.s.serve:
+            megabytes = sum(cost[0] for _, _, cost in self.costs + costs) / 1e6
+            self.say(f"{stage:<24} {megabytes:10.1f} MB {time.time() - self.started:8.1f} s")
+
+    def spent(self, costs, stage=""):
+        """
+        Enter a pass's costs, and say so. Returns them in short: "seconds" are those of its
+        operations, "seconds_wall" by the clock, with programs compiled and weights prepared.
+        """
+        self.costs += costs
+        began, self.before = self.before, time.time()
+        if stage:
+            self.told(stage, [])
+        total = totals(costs)
+        return {"bytes": total["bytes_total"], "rounds": total["rounds"],
+                "seconds": total["seconds"], "seconds_wall": self.before - began}
+
+    def answer(self, ids):
+        """Run one reply to its end. ids: the client's prompt, who sees the text as it comes."""
+        most, ends = self.s.max_new_tokens, self.chooser.ends
+        shown = ids is not None and self.whole
+        text = Text(self.encoding)
+        mine = {"tokens": [], "text": "", "passes": []}
+        self.replies.append(mine)
+        self.before = time.time()
+        for token, revealed, costs in reply(self.engine, self.public, self.weights, ids, self.s,
+                                            self.chooser, self.told):
+            n = len(mine["passes"]) + 1
+            mine["passes"].append(self.spent(costs, "" if shown or n == 1 else f"token {n}/{most}"))
+            if shown:
+                prompt = text.more(ids) if n == 1 else ""
+                more = text.more([] if token in ends else [token])
+                mine["tokens"].append(token)
+                mine["text"] += more
+                self.revealed.append(revealed)
+                self.say(prompt + more if most > 1 else self.next_token(token), end="")
+        if shown:
+            self.say("")
+
+    def next_token(self, token):
+        """A line, but for its end, about the only token of a reply."""
+        known = self.encoding and token < self.encoding.n_vocab  # else it is padding of V
+        return f"next token: {token} {repr(self.encoding.decode([token])) if known else ''}"
+
+    def result(self):
+        """The client's: what the run has cost and, if all layers were run, the replies."""
+        result = totals(self.costs) | {"seconds_wall": time.time() - self.started}
+        result["measured_layers"] = self.layers if self.whole else self.s.measure_layers
+        if self.whole:
+            result["token"] = self.replies[0]["tokens"][0]
+        if self.s.max_new_tokens > 1 or len(self.replies) > 1:
+            result["replies"] = self.replies
+        return result
+
+    def summary(self):
+        """A line of a server's about one client."""
+        tokens = sum(len(reply["passes"]) for reply in self.replies)
+        return (f"served {len(self.replies)} prompts, {tokens} tokens: "
+                f"{totals(self.costs)['bytes_total'] / 1e6:.1f} MB, "
+                f"{time.time() - self.started:.1f} s")
