@@ -14,11 +14,13 @@ import numpy as np
 from private.block import (HEAD, block, head, last_block, layers_of, logits, row_masks,
                            weights_of)
 from private.files import PRODUCT, check_weights
-from private.nonlinear import CENTRE, EPSILON, EXACT
+from private.nonlinear import ACTIVATION_KIND, CENTRE, EPSILON, EXACT
 
 LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form in shares.py:
     "scores": 2.0**15,  # in LOGIT_UNITs; two of them must lie within 2^31 of its steps
     "mix": 2.0**17,     # with 42 fraction bits, or divided with 44
+    "relu": 2.0**15,    # as all of these activations' inputs, with 15 in 32
+    "gelu": 2.0**15,
 }
 STEP = 2.0**-18            # the engine's resolution,
 EMBEDDING_STEP = 2.0**-16  # and that of embeddings, see infer.py
@@ -87,7 +89,8 @@ class Watch:
         error = jnp.sqrt(((rounded - exact) ** 2).mean(-1))
         size = exact.std(-1) if function is logits else jnp.sqrt((exact**2).mean())
         step = self.layer, function.__name__
-        reach = np.nan_to_num(jnp.abs(exact).max(), nan=np.inf, posinf=np.inf)
+        numbers = values[0].exact if kind in ACTIVATION_KIND.values() else exact  # in, or out
+        reach = np.nan_to_num(jnp.abs(numbers).max(), nan=np.inf, posinf=np.inf)
         self.largest[step] = max(self.largest.get(step, 0.0), float(reach))
         self.blur[step] = max(self.blur.get(step, 0.0), float((error / (size + TINY)).max()))
         return Both(exact, rounded)

@@ -24,7 +24,8 @@ import spu
 from spu import libspu
 
 from private.block import divide, mix, scores
-from private.nonlinear import CIPHERTEXT, LOGIT_UNIT, causal_row_max, secure_exponentials
+from private.nonlinear import (CIPHERTEXT, GELU_FAR, GELU_NEAR, LOGIT_UNIT, ROWS, SECURE,
+                               causal_row_max, gelu_terms, secure_exponentials)
 
 VERSION = "0.9.5"  # of SPU: what a share's bytes mean is no promise of its interface
 CHUNK = 2**26      # bytes of a share in one protobuf
@@ -44,15 +45,15 @@ def storage(bits, dtype=np.int32):
     return f"cheetah.BShr<FM{bits},1>" if dtype == np.bool_ else f"cheetah.AShr<FM{bits}>"
 
 
-def numbers(share, bits, shape):
-    """The integers mod 2^bits of a libspu.Share. RuntimeError if it isn't an additive share."""
+def numbers(share, bits, shape, dtype=np.int32):
+    """The integers mod 2^bits of a libspu.Share. RuntimeError if it isn't such a share."""
     meta = libspu.ValueMeta()
     meta.ParseFromString(share.meta)
     content = b"".join(content_of(chunk) for chunk in share.share_chunks)
     size = int(np.prod(shape)) * bits // 8
-    if meta.storage_type != storage(bits) or len(content) != size:
+    if meta.storage_type != storage(bits, dtype) or len(content) != size:
         raise RuntimeError(f"a share is {meta.storage_type} of {len(content)} bytes, where "
-                           f"{storage(bits)} of {size} is due")
+                           f"{storage(bits, dtype)} of {size} is due")
     return np.frombuffer(content, f"u{bits // 8}").reshape(shape)
 
 
@@ -104,6 +105,7 @@ EXP_BITS = 42                 # of exp(-x) in the product of the parties' factor
 LOW, HIGH = 2.0**13, 2.0**29  # LOW HIGH = 2^42, and neither factor passes 2^30
 E_BITS = EXP_BITS - FRACTION  # what is left of the 42,
 Y_BITS = 26                   # and what a sum of weighted values takes into its division
+NARROW_BITS = 15              # of an activation's input where it is compared
 
 
 def own_half(x):
@@ -155,6 +157,19 @@ def product(a, b, zero):
     if whole < len(a):
         pieces.append((a[whole:] + zero) * b[whole:])
     return jnp.concatenate(pieces)
+
+
+def positive(x):
+    return x > 0
+
+
+def below(t, edges):
+    """t < edges[i], stacked."""
+    return t < np.reshape(edges, (-1, *[1] * t.ndim))
+
+
+def where(bits, x):
+    return jnp.where(bits, x, 0.0)
 
 
 def times_transposed(q, k):
@@ -251,9 +266,47 @@ def divide_form(op, engine, y, e, qkv, n_head, reciprocal, most):
     return engine.hold(y, dtype=np.float32)
 
 
-FORMS = {  # all of them, or none: they hand integers on
+def in_rows(form):
+    """by_rows() of a form of one input."""
+    def in_pieces(op, engine, x):
+        share = engine.numbers(x)
+        pieces = [form(op, engine, share[i:i + ROWS]) for i in range(0, len(share), ROWS)]
+        return engine.hold(np.concatenate(pieces), dtype=np.float32)
+    return in_pieces
+
+
+def narrow(engine, share):
+    """A share of 18 fraction bits as one of NARROW_BITS in the ring mod 2^32."""
+    return engine.hold(without_low_bits(share, FRACTION - NARROW_BITS), bits=32)
+
+
+def relu_share(op, engine, share):
+    """
+    max(x, 0): compared in the ring mod 2^32, chosen in the other. Price: 57 bytes. Error: 6e-5,
+    where x is so near 0 that its sign is mistaken.
+    """
+    bits = engine.numbers(op(positive, narrow(engine, share)))
+    x = engine.hold(share, dtype=np.float32)
+    return engine.numbers(op(where, engine.hold(bits, dtype=np.bool_), x))
+
+
+def gelu_share(op, engine, share):
+    """secure_gelu(), its three comparisons in the ring mod 2^32. Price: 320 bytes."""
+    relu = relu_share(op, engine, share)
+    t = relu + relu - share                                                   # |x|
+    edges = tuple(round(end * 2**NARROW_BITS) for end, *_ in (GELU_NEAR, GELU_FAR))
+    bits = engine.numbers(op(below, narrow(engine, t), edges=edges))          # (2, rows, columns)
+    terms = op(gelu_terms, engine.hold(t, dtype=np.float32))
+    chosen_terms = engine.numbers(op(where, engine.hold(bits, dtype=np.bool_), terms))
+    return relu + chosen_terms.sum(0, dtype=np.uint64)
+
+
+FORMS = {  # the first four all or none: they hand integers on
     scores: scores_form,
     secure_exponentials: exponentials_form,
     mix: mix_form,
     divide: divide_form,
+    SECURE.activation["relu"]: in_rows(relu_share),
+    SECURE.activation["gelu"]: in_rows(gelu_share),
+    SECURE.activation["gelu_tanh"]: in_rows(gelu_share),
 }

@@ -18,6 +18,9 @@ from private.ranges import LIMITS  # noqa: E402
 H, T, d_k = 2, 24, 8
 rng = np.random.default_rng(0)
 QKV = rng.normal(size=(T, 3 * H * d_k))
+EDGE = LIMITS["gelu"]
+X = np.array([-EDGE, -9e3, -4, -1, -1e-4, 0, 1e-4, 1, 4, 9e3, EDGE])[None].repeat(130, axis=0)
+ACTIVATED = {"relu": 1e-4, "gelu": 7e-3}  # how near the forms are
 
 
 def split(x, seed=0):
@@ -93,7 +96,7 @@ def steps_of(op, qkv, f):
 
 
 def party(rank, addresses):
-    """What either party runs: prints what came out for small logits and for huge ones."""
+    """What either party runs: prints what came out for small logits, huge ones, activations."""
     from private.engine import Engine
     from private.nonlinear import SECURE
     engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
@@ -102,6 +105,10 @@ def party(rank, addresses):
         share = split(np.rint(qkv_of(scale) * 2.0**18), seed=3)[rank]
         qkv = engine.hold(share, dtype=np.float32)
         found = engine.reveal(steps_of(engine.op, qkv, SECURE))
+        results.append(None if found is None else found.tolist())
+    for name in ACTIVATED:
+        x = engine.hold(split(np.rint(X * 2.0**18), seed=4)[rank], dtype=np.float32)
+        found = engine.reveal(engine.op(name, SECURE.activation[name], x))
         results.append(None if found is None else found.tolist())
     costs = [(kind, cost.tolist()) for kind, _, cost in engine.costs]
     print(json.dumps([results, costs]), file=engine.terminal, flush=True)
@@ -113,25 +120,42 @@ def qkv_of(scale):
     return QKV * np.repeat((scale, 1.0, 1.0), H * d_k)
 
 
-def test_the_softmax_of_two_parties():
-    """Shares drawn at random; the largest logits lie 10^5 nats apart."""
-    from private.block import now
+@pytest.fixture(scope="module")
+def seen():
+    """What the client and the server saw: (results, costs) of either."""
     addresses = free_addresses(2)
     parties = [subprocess.Popen([sys.executable, __file__, str(rank), *addresses], cwd=ROOT,
                                 text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
                for rank in (0, 1)]
     try:
-        (found, costs), (none, _) = [json.loads(p.stdout.readline()) for p in parties]
+        return [json.loads(p.stdout.readline()) for p in parties]
     finally:
         for p in parties:
             p.kill()
-    assert none == [None, None]
+
+
+def test_the_softmax_of_two_parties(seen):
+    """Shares drawn at random; the largest logits lie 10^5 nats apart."""
+    from private.block import now
+    (found, _), (none, _) = seen
+    assert none == [None] * len(found)
     for y, scale in zip(found, (1.0, 2e3)):
         exact = np.asarray(steps_of(now, qkv_of(scale).astype(np.float32), EXACT))
         assert np.sqrt(((y - exact) ** 2).mean()) < 3e-4
         assert np.abs(y - exact).max() < 3e-3
-    assert {kind for kind, _ in costs} == {"matmul", "softmax"}
-    assert all(cost[2] >= 0 for _, cost in costs)
+
+
+def test_activations_of_two_parties(seen):
+    """Up to the limit that ranges.py knows, and on more rows than are taken at a time."""
+    (_, _, *found), _ = seen[0]
+    for y, (name, error) in zip(found, ACTIVATED.items(), strict=True):
+        assert np.abs(y - np.asarray(EXACT.activation[name](X.astype(np.float32)))).max() < error
+
+
+def test_the_parts_of_a_form_are_entered_under_its_kind(seen):
+    for _, costs in seen:
+        assert {kind for kind, _ in costs} == {"matmul", "softmax", "relu", "gelu"}
+        assert all(cost[2] >= 0 for _, cost in costs)
 
 
 if __name__ == "__main__":
