@@ -124,7 +124,7 @@ class Engine:
     def numbers(self, secret):
         """This party's share of a secret: an array of unsigned integers mod 2^(the ring's bits)."""
         share = secret.ring.runtime.get_var(secret.name)
-        return shares.numbers(share, secret.ring.bits, secret.shape, secret.dtype)
+        return shares.numbers(share, secret.ring.bits, secret.shape, secret.dtype, self.rank)
 
     def op(self, kind, function, *secrets, times=1, **static):
         """

@@ -4,7 +4,8 @@ it, with the identity that the form rests on, its price and its range. Pure func
 import nothing of ours, to be copied like entropy.py. EXACT and SECURE at the end are the two sets.
 
 The engine is SPU 0.9.5 with 18 fraction bits of 64. Prices are those of its Cheetah protocol in
-bytes of both directions; docs/ledger.md measures every form.
+bytes of both directions; docs/ledger.md measures every form. There the causal softmax and the
+activations run as shares.py has them; the forms here serve the other protocols.
 
     truncation, or a product with a public number      3
     choice by a secret bit                            16

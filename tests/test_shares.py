@@ -18,6 +18,7 @@ from private.ranges import LIMITS  # noqa: E402
 H, T, d_k = 2, 24, 8
 rng = np.random.default_rng(0)
 QKV = rng.normal(size=(T, 3 * H * d_k))
+CASES = [(T, 1.0), (T, 2e3), (1, 1.0)]  # rows, and what Q is times
 EDGE = LIMITS["gelu"]
 X = np.array([-EDGE, -9e3, -4, -1, -1e-4, 0, 1e-4, 1, 4, 9e3, EDGE])[None].repeat(130, axis=0)
 ACTIVATED = {"relu": 1e-4, "gelu": 7e-3}  # how near the forms are
@@ -77,12 +78,12 @@ def test_another_spu_is_refused(monkeypatch):
 def test_what_is_no_additive_share_is_refused():
     bit = shares.share_of(np.ones(3, bool), 64, np.bool_)
     with pytest.raises(RuntimeError, match="BShr"):
-        shares.numbers(bit, 64, (3,))
+        shares.numbers(bit, 64, (3,), np.int32, rank=0)
     a = np.arange(6, dtype=np.uint64).reshape(2, 3)
     share = shares.share_of(a, 64, np.int32)
-    assert np.array_equal(shares.numbers(share, 64, (2, 3)), a)
+    assert np.array_equal(shares.numbers(share, 64, (2, 3), np.int32, rank=1), a)
     with pytest.raises(RuntimeError, match="48 bytes"):
-        shares.numbers(share, 32, (2, 3))
+        shares.numbers(share, 32, (2, 3), np.int32, rank=0)
 
 
 # -------------------------------------------------------------------------------- two parties
@@ -101,8 +102,8 @@ def party(rank, addresses):
     from private.nonlinear import SECURE
     engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
     results = []
-    for scale in (1.0, 2e3):
-        share = split(np.rint(qkv_of(scale) * 2.0**18), seed=3)[rank]
+    for rows, scale in CASES:
+        share = split(np.rint(qkv_of(rows, scale) * 2.0**18), seed=3)[rank]
         qkv = engine.hold(share, dtype=np.float32)
         found = engine.reveal(steps_of(engine.op, qkv, SECURE))
         results.append(None if found is None else found.tolist())
@@ -116,8 +117,8 @@ def party(rank, addresses):
     os._exit(0)
 
 
-def qkv_of(scale):
-    return QKV * np.repeat((scale, 1.0, 1.0), H * d_k)
+def qkv_of(rows, scale):
+    return QKV[:rows] * np.repeat((scale, 1.0, 1.0), H * d_k)
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +136,19 @@ def seen():
 
 
 def test_the_softmax_of_two_parties(seen):
-    """Shares drawn at random; the largest logits lie 10^5 nats apart."""
+    """Shares drawn at random; the largest logits lie 10^5 nats apart. And of one token alone."""
     from private.block import now
     (found, _), (none, _) = seen
     assert none == [None] * len(found)
-    for y, scale in zip(found, (1.0, 2e3)):
-        exact = np.asarray(steps_of(now, qkv_of(scale).astype(np.float32), EXACT))
+    for y, case in zip(found, CASES):
+        exact = np.asarray(steps_of(now, qkv_of(*case).astype(np.float32), EXACT))
         assert np.sqrt(((y - exact) ** 2).mean()) < 3e-4
         assert np.abs(y - exact).max() < 3e-3
 
 
 def test_activations_of_two_parties(seen):
     """Up to the limit that ranges.py knows, and on more rows than are taken at a time."""
-    (_, _, *found), _ = seen[0]
+    found = seen[0][0][len(CASES):]
     for y, (name, error) in zip(found, ACTIVATED.items(), strict=True):
         assert np.abs(y - np.asarray(EXACT.activation[name](X.astype(np.float32)))).max() < error
 
