@@ -182,6 +182,8 @@ def ffn_and_layernorm():
     measure("activation", "ReLU", np.maximum(h, 0), jax.nn.relu, secret_h)
     measure("activation", "GELU by its tanh", jax.nn.gelu(h), jax.nn.gelu, secret_h)
     measure("activation", "secure_gelu", gelu, secure_gelu, secret_h)
+    measure("activation", "ReLU by shares", np.maximum(h, 0), SECURE.activation["relu"], secret_h)
+    measure("activation", "GELU by shares", gelu, SECURE.activation["gelu"], secret_h)
 
 
 def last_row():
