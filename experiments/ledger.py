@@ -56,6 +56,7 @@ from private.nonlinear import (  # noqa: E402
     EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only,
     row_exponentials, secure_argmax, secure_exp, secure_exponentials, secure_gelu,
     secure_normalise, secure_reciprocal, secure_row_exponentials, square)
+from private.shares import E_BITS  # noqa: E402
 
 H, d, T, V = n_head, n_embd, block_size, vocab_size
 d_k = d // H
@@ -80,14 +81,16 @@ def shared(value, dtype=np.float32):
     return engine.op("share", jnp.add, own(CLIENT, mask, dtype), own(SERVER, value - mask, dtype))
 
 
-def measure(what, form, exact, function, *secrets, times=1, **static):
+def measure(what, form, exact, function, *secrets, times=1, bits=0, **static):
     """
     A row: one form of one operation. exact: what should come out, or None; times: how many of it
-    the whole takes.
+    the whole takes; bits: the fraction bits of what comes out as integers.
     """
+    before = len(engine.costs)
     got = engine.reveal(engine.op(what, function, *secrets, **static))
     if rank == CLIENT:
-        traffic, messages, seconds, _ = times * engine.costs[-1][2]
+        got = got / 2.0**bits
+        traffic, messages, seconds, _ = times * sum(cost for _, _, cost in engine.costs[before:])
         error = None if exact is None else float(np.abs(got - np.asarray(exact)).max())
         rows.append({"what": what, "form": form, "MB": traffic / 1e6, "messages": messages,
                      "seconds": seconds, "largest error": error})
@@ -123,7 +126,8 @@ def softmax():
 
     what = "softmax without its division"
     measure(what, "T x T, masked after", e, masked_after, secret_s)
-    measure(what, "secure_exponentials", e, secure_exponentials, secret_s)
+    measure(what, "secure_exponentials", e, lambda s: secure_exponentials(s), secret_s)
+    measure(what, "by shares", e, secure_exponentials, secret_s, bits=E_BITS)
     clipped = np.exp(LOGIT_UNIT * (s[:, i, j].clip(-1, 1) - 1))
     measure(what, "a range known beforehand: no maxima, but a clip on both sides", clipped,
             of_known_range, secret_s)
@@ -179,6 +183,8 @@ def ffn_and_layernorm():
     measure("activation", "ReLU", np.maximum(h, 0), jax.nn.relu, secret_h)
     measure("activation", "GELU by its tanh", jax.nn.gelu(h), jax.nn.gelu, secret_h)
     measure("activation", "secure_gelu", gelu, secure_gelu, secret_h)
+    measure("activation", "ReLU by shares", np.maximum(h, 0), SECURE.activation["relu"], secret_h)
+    measure("activation", "GELU by shares", gelu, SECURE.activation["gelu"], secret_h)
 
 
 def last_row():
@@ -255,6 +261,8 @@ def write_rows():
 
 ones = np.ones((2, 2))
 measure("set-up", "once", None, one_of_each, own(CLIENT, ones), own(SERVER, ones))
+narrow = engine.hold(ones, bits=32)
+measure("set-up", "of the ring mod 2^32", None, jnp.maximum, narrow, engine.hold(ones, bits=32))
 softmax()
 ffn_and_layernorm()
 last_row()

@@ -55,8 +55,9 @@ def party():
     from private.engine import CLIENT, SERVER, Engine
     from private.lookup import CIPHERTEXT
     engine = Engine(rank, addresses.split(","), "cheetah", timeout=60, connect_timeout=20)
-    engine.config.cheetah_2pc_config.enable_mul_lsb_error = lsb_error
-    engine.runtime = spu.Runtime(engine.link, engine.config)
+    ring = engine.rings[64]
+    ring.config.cheetah_2pc_config.enable_mul_lsb_error = lsb_error
+    ring.runtime = spu.Runtime(engine.link, ring.config)
     rng = np.random.default_rng(0)
     started = time.time()
     wrong = []

@@ -1,5 +1,6 @@
 """
-SecretFlow SPU's runtime of one rank, and its TCP link to the others: put, op, reveal.
+SecretFlow SPU's runtime of one rank, and its TCP link to the others: put, op, reveal; under
+Cheetah also numbers and hold, a share out and in, see shares.py.
 
 - rank 0 is the client, which holds the prompt and alone learns the result; 1 is the server, which
   holds the weights; 2 is the helper of aby3
@@ -21,26 +22,37 @@ import spu
 import spu.utils.frontend as frontend
 from spu import libspu
 
+from private import shares
 from private.meet import ROLES, quit_now, tls_files
 
 CLIENT, SERVER, HELPER = range(3)  # ranks, in the order of ROLES
 FRACTION_BITS = 18  # of a number's 64
 
 
+class Ring:
+    """SPU's runtime of this rank on integers mod 2^bits, bits being 64 or 32."""
+
+    def __init__(self, link, size, protocol, plain, bits):
+        self.bits = bits
+        self.config = runtime_config(protocol, plain, bits)
+        self.runtime = spu.Runtime(link, self.config)
+        self.io = spu.Io(size, self.config)
+
+
 class Secret:
     """
-    A value that no party knows: its name in the engine, its shape and its dtype. The engine forgets
-    the value together with this handle.
+    A value that no party knows: its ring, its name there, its shape and its dtype. The engine
+    forgets the value together with this handle.
     """
 
-    def __init__(self, runtime, name, shape, dtype):
-        self.runtime = runtime
+    def __init__(self, ring, name, shape, dtype):
+        self.ring = ring
         self.name = name
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
 
     def __del__(self):
-        self.runtime.del_var(self.name)
+        self.ring.runtime.del_var(self.name)
 
 
 class Engine:
@@ -50,6 +62,9 @@ class Engine:
     op; connect_timeout: seconds until the link stands, or the process ends with a line. tls: a
     folder, see tls_files(), or "". session: greet()'s, the name of the link. plain: SPU's default
     settings and secret-shared weights, under which plain.py is measured.
+
+    Under Cheetah op() computes a function of shares.FORMS by its form there, which needs a second
+    ring, mod 2^32. Its messages go over the same connection, as a link of its own name.
 
     .costs: what op() has cost so far, a list of (kind, times, array); the array holds bytes of both
     directions, messages of the busier direction (at most this many round trips), seconds, and how
@@ -66,11 +81,16 @@ class Engine:
         description = link_description(addresses, timeout, tls, session)
         others = [address for i, address in enumerate(addresses) if i != rank]
         self.link = connect(description, rank, others, connect_timeout)
-        self.config = runtime_config(protocol, plain)
-        self.runtime = spu.Runtime(self.link, self.config)
-        self.io = spu.Io(self.size, self.config)
+        self.rings = {64: Ring(self.link, self.size, protocol, plain, 64)}
+        self.runtime, self.io = self.rings[64].runtime, self.rings[64].io
+        self.forms = {}
+        if protocol == "cheetah" and not plain:
+            shares.check_version()
+            self.rings[32] = Ring(self.link.spawn(), self.size, protocol, plain, 32)
+            self.forms = shares.FORMS
         self.compiled = {}
         self.costs = []
+        self.seconds = 0.0  # spent in op() by functions that have no form
         self.names = (f"value {i}" for i in itertools.count())
 
     def put(self, shape, owner, value=None, dtype=np.float32):
@@ -86,9 +106,25 @@ class Engine:
                     self.send(rank, shares[rank])
             else:
                 share = self.receive(owner)
-        secret = Secret(self.runtime, next(self.names), shape, dtype)
-        self.runtime.set_var(secret.name, share)
+        return self.named(share, self.rings[64], shape, dtype)
+
+    def named(self, share, ring, shape, dtype):
+        secret = Secret(ring, next(self.names), shape, dtype)
+        ring.runtime.set_var(secret.name, share)
         return secret
+
+    def hold(self, array, bits=64, dtype=np.int32):
+        """
+        The secret of which `array` is this party's share, integers mod 2^bits. dtype: int32, which
+        the engine takes as they are, or float32, in units of 2^-18.
+        """
+        share = shares.share_of(array, bits, dtype)
+        return self.named(share, self.rings[bits], array.shape, dtype)
+
+    def numbers(self, secret):
+        """This party's share of a secret: an array of unsigned integers mod 2^(the ring's bits)."""
+        share = secret.ring.runtime.get_var(secret.name)
+        return shares.numbers(share, secret.ring.bits, secret.shape, secret.dtype, self.rank)
 
     def op(self, kind, function, *secrets, times=1, **static):
         """
@@ -96,6 +132,10 @@ class Engine:
         each function, static keywords and shapes. What it cost is appended to .costs under `kind`,
         and counts `times` times: for itself and for equal ones that are not run.
         """
+        if function in self.forms:
+            return self.by_shares(kind, function, *secrets, times=times, **static)
+        start = time.time()
+        ring = secrets[0].ring
         key = function, tuple(sorted(static.items())), tuple((s.shape, s.dtype) for s in secrets)
         if key not in self.compiled:
             self.compiled[key] = compile_for(secrets, partial(function, **static))
@@ -103,21 +143,33 @@ class Engine:
         name = next(self.names)
         executable.input_names = [secret.name for secret in secrets]
         executable.output_names = [name]
-        self.costs.append((kind, times, self.run(executable)))
-        return Secret(self.runtime, name, out.shape, out.dtype)
+        self.costs.append((kind, times, self.run(executable, ring.runtime)))
+        self.seconds += time.time() - start
+        return Secret(ring, name, out.shape, out.dtype)
+
+    def by_shares(self, kind, function, *secrets, times, **static):
+        """
+        op() by the form of `function`, which makes ops of its own. What a party does alone in
+        between is one more entry of .costs, seconds without a byte.
+        """
+        start, before = time.time(), self.seconds
+        result = self.forms[function](partial(self.op, kind, times=times), self, *secrets, **static)
+        alone = time.time() - start - (self.seconds - before)
+        self.costs.append((kind, times, np.array([0, 0, alone, 0])))
+        return result
 
     def reveal(self, secret):
         """The value, to the client alone; None to the others, who send their shares."""
-        share = self.runtime.get_var(secret.name)
+        share = secret.ring.runtime.get_var(secret.name)
         if self.rank != CLIENT:
             return self.send(CLIENT, share)
         return self.io.reconstruct([share] + [self.receive(rank) for rank in range(1, self.size)])
 
-    def run(self, executable):
+    def run(self, executable, runtime):
         """Run what was compiled. Returns its cost, see .costs."""
         begin = os.fstat(self.profile.fileno()).st_size
         start = time.time()
-        self.runtime.run(executable)
+        runtime.run(executable)
         seconds = time.time() - start
         self.profile.seek(begin)
         traffic, truncation = read_profile(self.profile.read())
@@ -205,10 +257,11 @@ def connect(description, rank, others, connect_timeout):
         late.cancel()
 
 
-def runtime_config(protocol, plain):
-    """SPU's settings. plain: its defaults."""
+def runtime_config(protocol, plain, bits=64):
+    """SPU's settings on integers mod 2^bits. plain: its defaults."""
     config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol.upper()),
-                                  field=libspu.FieldType.FM64, fxp_fraction_bits=FRACTION_BITS)
+                                  field=getattr(libspu.FieldType, f"FM{bits}"),
+                                  fxp_fraction_bits=FRACTION_BITS if bits == 64 else 0)
     config.enable_pphlo_profile = True
     config.enable_hal_profile = True
     if not plain:

@@ -4,7 +4,8 @@ it, with the identity that the form rests on, its price and its range. Pure func
 import nothing of ours, to be copied like entropy.py. EXACT and SECURE at the end are the two sets.
 
 The engine is SPU 0.9.5 with 18 fraction bits of 64. Prices are those of its Cheetah protocol in
-bytes of both directions; docs/ledger.md measures every form.
+bytes of both directions; docs/ledger.md measures every form. There the causal softmax and the
+activations run as shares.py has them; the forms here serve the other protocols.
 
     truncation, or a product with a public number      3
     choice by a secret bit                            16
@@ -66,7 +67,7 @@ def sum_below(t, edges, terms):
     choice for each edge and number, all comparisons in one call and all choices in another.
     """
     edges = np.reshape(edges, (-1, *[1] * t.ndim))
-    return jnp.where(t < edges, jnp.stack(terms), 0.0).sum(0)
+    return jnp.where(t < edges, terms, 0.0).sum(0)
 
 
 def by_rows(f):
@@ -260,7 +261,7 @@ def secure_reciprocal(s, most):
     slope = 8 / ((a + b) ** 2 + 4 * a * b)
     level = slope * (a + b)
     change = [(level[i] - level[i + 1]) - (slope[i] - slope[i + 1]) * s for i in (0, 1)]
-    r = level[2] - slope[2] * s + sum_below(s, edge[1:3], change)
+    r = level[2] - slope[2] * s + sum_below(s, edge[1:3], jnp.stack(change))
     steps = 4 if most > 256 else 3
     for _ in range(steps):
         r = r * (2 - s * r)
@@ -288,12 +289,15 @@ def secure_gelu(x):
     """
     relu = jnp.where(x > 0, x, 0.0)
     t = 2 * relu - x  # |x|
+    return relu + sum_below(t, (GELU_NEAR[0], GELU_FAR[0]), gelu_terms(t))
+
+
+def gelu_terms(t):
+    """What secure_gelu() adds up to the near end, and up to the far one: (2, ...)."""
     t2 = square(t)
-    end_near, *near = GELU_NEAR
-    end_far, *far = GELU_FAR
+    near, far = GELU_NEAR[1:], GELU_FAR[1:]
     beyond_far = np.subtract(near, far)
-    terms = [k[0] * t2 + k[1] * t + k[2] for k in (beyond_far, far)]
-    return relu + sum_below(t, (end_near, end_far), terms)
+    return jnp.stack([k[0] * t2 + k[1] * t + k[2] for k in (beyond_far, far)])
 
 
 # ---------------------------------------------------------------------------- the most likely token

@@ -1,7 +1,7 @@
 """
-Do a model's numbers fit the engine? It has 18 fraction bits of 64, products up to 2^26, and a
-LayerNorm for rows near a given unit. Two parties on two machines never see what the clear would
-give, so that pi_export.py asks here, before any private run.
+Do a model's numbers fit the engine? It has 18 fraction bits of 64, products up to 2^26, attention's
+up to LIMITS, and a LayerNorm for rows near a given unit. Two parties on two machines never see what
+the clear would give, so that pi_export.py asks here, before any private run.
 """
 import math
 import sys
@@ -14,8 +14,14 @@ import numpy as np
 from private.block import (HEAD, block, head, last_block, layers_of, logits, row_masks,
                            weights_of)
 from private.files import PRODUCT, check_weights
-from private.nonlinear import CENTRE, EPSILON, EXACT
+from private.nonlinear import ACTIVATION_KIND, CENTRE, EPSILON, EXACT
 
+LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form in shares.py:
+    "scores": 2.0**15,  # in LOGIT_UNITs; two of them must lie within 2^31 of its steps
+    "mix": 2.0**17,     # with 42 fraction bits, or divided with 44
+    "relu": 2.0**15,    # as all of these activations' inputs, with 15 in 32
+    "gelu": 2.0**15,
+}
 STEP = 2.0**-18            # the engine's resolution,
 EMBEDDING_STEP = 2.0**-16  # and that of embeddings, see infer.py
 NEAR = 1 / 16              # share of a limit that is warned of, since other text may go further
@@ -83,7 +89,8 @@ class Watch:
         error = jnp.sqrt(((rounded - exact) ** 2).mean(-1))
         size = exact.std(-1) if function is logits else jnp.sqrt((exact**2).mean())
         step = self.layer, function.__name__
-        reach = np.nan_to_num(jnp.abs(exact).max(), nan=np.inf, posinf=np.inf)
+        numbers = values[0].exact if kind in ACTIVATION_KIND.values() else exact  # in, or out
+        reach = np.nan_to_num(jnp.abs(numbers).max(), nan=np.inf, posinf=np.inf)
         self.largest[step] = max(self.largest.get(step, 0.0), float(reach))
         self.blur[step] = max(self.blur.get(step, 0.0), float((error / (size + TINY)).max()))
         return Both(exact, rounded)
@@ -143,11 +150,16 @@ def warn(message):
 
 
 def judge_products(watch):
-    (layer, step), largest = max(watch.largest.items(), key=lambda item: item[1])
-    figures = f"{layer}'s {step} reach {largest:.1e}, and a private run holds {PRODUCT:.1e}"
-    if not largest < PRODUCT:
+    def share(item):
+        (_, step), largest = item
+        return largest / LIMITS.get(step, PRODUCT)
+
+    (layer, step), largest = worst = max(watch.largest.items(), key=share)
+    limit = LIMITS.get(step, PRODUCT)
+    figures = f"{layer}'s {step} reach {largest:.1e}, and a private run holds {limit:.1e}"
+    if not share(worst) < 1:
         raise ValueError(f"{figures}: {CURE}")
-    if largest > NEAR * PRODUCT:
+    if share(worst) > NEAR:
         warn(f"{figures}: other text may go further")
 
 

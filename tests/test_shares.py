@@ -1,0 +1,163 @@
+"""shares.py: identities of shares drawn at random, and its forms between two real parties."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
+
+from private import shares  # noqa: E402
+from private.meet import free_addresses  # noqa: E402
+from private.nonlinear import EXACT, LOGIT_UNIT  # noqa: E402
+from private.ranges import LIMITS  # noqa: E402
+
+H, T, d_k = 2, 24, 8
+rng = np.random.default_rng(0)
+QKV = rng.normal(size=(T, 3 * H * d_k))
+CASES = [(T, 1.0), (T, 2e3), (1, 1.0)]  # rows, and what Q is times
+EDGE = LIMITS["gelu"]
+X = np.array([-EDGE, -9e3, -4, -1, -1e-4, 0, 1e-4, 1, 4, 9e3, EDGE])[None].repeat(130, axis=0)
+ACTIVATED = {"relu": 1e-4, "gelu": 7e-3}  # how near the forms are
+
+
+def split(x, seed=0):
+    """Shares mod 2^64 of integers x, the first one drawn at random."""
+    x = np.asarray(x).astype(np.int64).view(np.uint64)
+    first = np.random.default_rng(seed).integers(0, 2**64, x.shape, np.uint64)
+    return first, x - first
+
+
+# ------------------------------------------------------------------------------------- alone
+def test_low_bits_are_dropped_from_any_shares():
+    x = np.random.default_rng(1).integers(-2**54, 2**54, 100_000)
+    a, b = (shares.without_low_bits(share, 24) for share in split(x))
+    error = (a + b).view(np.int32) - x / 2.0**24
+    assert -2 < error.min()
+    assert error.max() <= 0
+
+
+def test_logits_at_their_limit_are_told_apart():
+    s = np.array([-LIMITS["scores"], 0, LIMITS["scores"]]) * 2.0**36
+    for seed in range(100):
+        a, b = (shares.without_low_bits(share * np.uint64(shares.FACTOR), shares.DROPPED)
+                for share in split(s, seed))
+        steps = (a + b).view(np.int32)
+        assert np.abs(steps * shares.NATS - s * LOGIT_UNIT / 2.0**36).max() < 2 * shares.NATS
+        assert (steps[:-1] - steps[1:] < 0).all()
+        assert steps[0] - steps[-1] < 0
+
+
+def test_the_exponential_is_a_product_of_a_factor_of_each_party():
+    """Every x up to the clip, and shares at both ends of each half."""
+    x = np.arange(shares.STEPS)
+    ends = [0, 1, shares.STEPS - 1, shares.STEPS, 2 * shares.STEPS - 1]
+    firsts = [np.full(x.shape, end, np.uint32) for end in ends]
+    firsts.append(np.random.default_rng(2).integers(0, 2**32, x.shape, np.uint32))
+    for first in firsts:
+        v, top = shares.own_half(first)
+        v_1, top_1 = shares.own_half(x.astype(np.uint32) - first)
+        assert np.array_equal(v + v_1 + 2 * shares.STEPS * (top & top_1), x)
+        if_positive, if_negative = shares.server_factors(v_1, top_1)
+        factors = shares.client_factor(v, top), np.where(top, if_negative, if_positive)
+        assert all(0 <= factor.min() and factor.max() < 2**30.5 for factor in factors)
+        e = factors[0].round() * factors[1] / 2.0**shares.EXP_BITS
+        assert np.abs(e - np.exp(-shares.NATS * x)).max() < 2e-4
+        assert np.sqrt(((e - np.exp(-shares.NATS * x)) ** 2).mean()) < 5e-5
+
+
+def test_another_spu_is_refused(monkeypatch):
+    monkeypatch.setattr(shares.spu, "__version__", "0.9.9")
+    with pytest.raises(RuntimeError, match="pip install spu==0.9.5"):
+        shares.check_version()
+
+
+def test_what_is_no_additive_share_is_refused():
+    bit = shares.share_of(np.ones(3, bool), 64, np.bool_)
+    with pytest.raises(RuntimeError, match="BShr"):
+        shares.numbers(bit, 64, (3,), np.int32, rank=0)
+    a = np.arange(6, dtype=np.uint64).reshape(2, 3)
+    share = shares.share_of(a, 64, np.int32)
+    assert np.array_equal(shares.numbers(share, 64, (2, 3), np.int32, rank=1), a)
+    with pytest.raises(RuntimeError, match="48 bytes"):
+        shares.numbers(share, 32, (2, 3), np.int32, rank=0)
+
+
+# -------------------------------------------------------------------------------- two parties
+def steps_of(op, qkv, f):
+    """The steps of block.attention() from Q, K and V on."""
+    from private.block import divide, mix, scores
+    s = op("matmul", scores, qkv, n_head=H)
+    e = op("softmax", f.exponentials, s)
+    y = op("matmul", mix, e, qkv, n_head=H)
+    return op("softmax", divide, y, e, qkv, n_head=H, reciprocal=f.reciprocal, most=T)
+
+
+def party(rank, addresses):
+    """What either party runs: prints what came out for small logits, huge ones, activations."""
+    from private.engine import Engine
+    from private.nonlinear import SECURE
+    engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
+    results = []
+    for rows, scale in CASES:
+        share = split(np.rint(qkv_of(rows, scale) * 2.0**18), seed=3)[rank]
+        qkv = engine.hold(share, dtype=np.float32)
+        found = engine.reveal(steps_of(engine.op, qkv, SECURE))
+        results.append(None if found is None else found.tolist())
+    for name in ACTIVATED:
+        x = engine.hold(split(np.rint(X * 2.0**18), seed=4)[rank], dtype=np.float32)
+        found = engine.reveal(engine.op(name, SECURE.activation[name], x))
+        results.append(None if found is None else found.tolist())
+    costs = [(kind, cost.tolist()) for kind, _, cost in engine.costs]
+    print(json.dumps([results, costs]), file=engine.terminal, flush=True)
+    sys.stdin.read()  # until the other has all that it waits for
+    os._exit(0)
+
+
+def qkv_of(rows, scale):
+    return QKV[:rows] * np.repeat((scale, 1.0, 1.0), H * d_k)
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What the client and the server saw: (results, costs) of either."""
+    addresses = free_addresses(2)
+    parties = [subprocess.Popen([sys.executable, __file__, str(rank), *addresses], cwd=ROOT,
+                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+               for rank in (0, 1)]
+    try:
+        return [json.loads(p.stdout.readline()) for p in parties]
+    finally:
+        for p in parties:
+            p.kill()
+
+
+def test_the_softmax_of_two_parties(seen):
+    """Shares drawn at random; the largest logits lie 10^5 nats apart. And of one token alone."""
+    from private.block import now
+    (found, _), (none, _) = seen
+    assert none == [None] * len(found)
+    for y, case in zip(found, CASES):
+        exact = np.asarray(steps_of(now, qkv_of(*case).astype(np.float32), EXACT))
+        assert np.sqrt(((y - exact) ** 2).mean()) < 3e-4
+        assert np.abs(y - exact).max() < 3e-3
+
+
+def test_activations_of_two_parties(seen):
+    """Up to the limit that ranges.py knows, and on more rows than are taken at a time."""
+    found = seen[0][0][len(CASES):]
+    for y, (name, error) in zip(found, ACTIVATED.items(), strict=True):
+        assert np.abs(y - np.asarray(EXACT.activation[name](X.astype(np.float32)))).max() < error
+
+
+def test_the_parts_of_a_form_are_entered_under_its_kind(seen):
+    for _, costs in seen:
+        assert {kind for kind, _ in costs} == {"matmul", "softmax", "relu", "gelu"}
+        assert all(cost[2] >= 0 for _, cost in costs)
+
+
+if __name__ == "__main__":
+    party(int(sys.argv[1]), sys.argv[2:])
