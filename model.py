@@ -105,8 +105,8 @@ class GPTConfig:
             raise ValueError(f"uniform_layers must be at least 0 and at most n_layer={self.n_layer}"
                              f", and is {self.uniform_layers}")
         if not 0 <= self.positional_layers <= self.n_layer - self.uniform_layers:
-            raise ValueError("positional_layers must be at least 0, and with uniform_layers at most "
-                             f"n_layer={self.n_layer}, and is {self.positional_layers}")
+            raise ValueError("positional_layers must be at least 0, and with uniform_layers at "
+                             f"most n_layer={self.n_layer}, and is {self.positional_layers}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} cannot be split among {self.n_head} heads")
         flags = [f"use_{name}" for name in self.activations]

@@ -96,7 +96,7 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
     def still(self, text):
-        """Print a line where QUIET seconds have passed without one, so that a user sees it go on."""
+        """Print a line where QUIET seconds have passed without one, so that one sees it go on."""
         if time.monotonic() - self.said > QUIET:
             self.say(text)
 

@@ -275,7 +275,8 @@ def test_a_key_that_asks_for_a_pass_phrase_is_refused(certificates, tmp_path):
 
 
 @pytest.mark.parametrize("server, client, line", [
-    ("server", "", "--tls"), ("", "client", "--tls"), ("server", "stranger", "no secure connection"),
+    ("server", "", "--tls"), ("", "client", "--tls"),
+    ("server", "stranger", "no secure connection"),
 ])
 def test_both_sides_say_that_tls_does_not_fit(server, client, line, certificates, parties):
     addresses = free_addresses(2)

@@ -85,7 +85,7 @@ def test_frontier_py_says_what_to_train_first(tmp_path):
 
 
 def test_in_context_py_finds_a_head_that_copies():
-    """Attention that is one-hot on the place after a token's first occurrence has weight 1 there."""
+    """Attention that is one-hot on what followed a token's first occurrence has weight 1 there."""
     from in_context import heads_on, repeated
     from model import GPT, GPTConfig
     T = 16
