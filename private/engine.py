@@ -116,7 +116,7 @@ class Engine:
     def hold(self, array, bits=64, dtype=np.int32):
         """
         The secret of which `array` is this party's share, integers mod 2^bits. dtype: int32, which
-        the engine takes as they are, or float32, in units of 2^-18.
+        the engine takes as they are; float32, in units of 2^-18; or bool, of bits that add mod 2.
         """
         share = shares.share_of(array, bits, dtype)
         return self.named(share, self.rings[bits], array.shape, dtype)
