@@ -89,9 +89,10 @@ def seen(r):
     told = private_run(folder)
     keys = ("bytes_total", "rounds", "seconds", "bytes_by_kind", "max_abs_err")
     row = {"label": r["label"], "config": r["config"], "without_softmax": without, "val_ppl": runs,
+           "final_layernorm": r["flags"].get("final_layernorm", True),
            "private": {key: told[key] for key in keys}}
     trained = {key: value for key, value in r["flags"].items() if key not in without}
-    if sum(without.values()) == reproduce.BASE["cpu"]["n_layer"] // 2:
+    if sum(without.values()) == reproduce.BASE["cpu"]["n_layer"] // 2 and row["final_layernorm"]:
         whole = reproduce.folder(r["config"], trained, SEEDS[0])
         row["converted"] = convert(whole, r["config"], trained, without)
     return row
@@ -110,13 +111,15 @@ def draw(rows, large, path):
     lines = {}
     for row in rows:
         for key in row["without_softmax"] or ("uniform_layers", "positional_layers"):
-            lines.setdefault((row["config"], key), []).append(row)
+            lines.setdefault((row["config"], key, row["final_layernorm"]), []).append(row)
     configs = list(dict.fromkeys(row["config"] for row in rows))
-    for (config, key), mine in lines.items():
+    for (config, key, final_layernorm), mine in lines.items():
         colour = COLOURS[configs.index(config)]
         x = [row["private"]["bytes_total"] / 1e6 for row in mine]
         y = [mean(row["val_ppl"].values()) for row in mine]
-        left.plot(x, y, STYLES[key], color=colour, label=f"{mine[0]['label']}: {MEANING[key]}")
+        name = mine[0]["label"].partition(",")[0] + ("" if final_layernorm else ", no ln_f")
+        left.plot(x, y, STYLES[key], color=colour, label=f"{name}: {MEANING[key]}",
+                  fillstyle="full" if final_layernorm else "none")
         for row, x_i, y_i in zip(mine, x, y):
             left.plot([x_i] * len(row["val_ppl"]), list(row["val_ppl"].values()), "_", color=colour)
             k = sum(row["without_softmax"].values())
