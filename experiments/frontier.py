@@ -126,7 +126,7 @@ def draw(rows, large, path):
             left.annotate(str(k), (x_i, y_i), xytext=(4, 4), textcoords="offset points",
                           color=colour, fontsize=8)
     left.set(xlabel="MB of one private next token", ylabel="validation perplexity, log scale",
-             title="4 layers, width 128, V = 2048; the number is how many have no softmax",
+             title="4 layers, width 128, V = 2048;\nnumbers: layers without softmax",
              yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")

@@ -218,7 +218,7 @@ def draw_chosen(chosen, path):
     for checkpoint, (_, flags) in zip(checkpoints, chosen):
         run = look(str(checkpoint))
         if flags:
-            run["arch"] += "\n" + ", ".join(f"{key} {value}" for key, value in flags.items())
+            run["arch"] += "".join(f"\n{key} {value}" for key, value in flags.items())
         seen.append(run)
     draw(seen, str(path))
 
