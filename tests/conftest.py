@@ -56,6 +56,23 @@ def refusals(script, tries):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def told_by_two_parties(script):
+    """
+    What `python script RANK ADDRESS ADDRESS` says of the client and of the server, a line of JSON
+    each; each is killed when both have said theirs.
+    """
+    from private.meet import free_addresses
+    addresses = free_addresses(2)
+    parties = [subprocess.Popen([sys.executable, script, str(rank), *addresses], cwd=ROOT,
+                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+               for rank in (0, 1)]
+    try:
+        return [json.loads(p.stdout.readline()) for p in parties]
+    finally:
+        for p in parties:
+            p.kill()
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
     """A folder of real Python files: three packages of the standard library."""

@@ -2,18 +2,16 @@
 import base64
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, told_by_two_parties
 
 pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
-from private.meet import free_addresses  # noqa: E402
 
 X = np.array([[1.0, 2.0, -3.0], [0.5, 0.0, 4.0]])
 W = np.array([[1.0, -1.0], [2.0, 0.5], [0.0, 3.0]])
@@ -67,15 +65,7 @@ def party(rank, addresses):
 @pytest.fixture(scope="module")
 def seen():
     """What the client and the server saw."""
-    addresses = free_addresses(2)
-    parties = [subprocess.Popen([sys.executable, __file__, str(rank), *addresses], cwd=ROOT,
-                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-               for rank in (0, 1)]
-    try:
-        return [json.loads(p.stdout.readline()) for p in parties]
-    finally:
-        for p in parties:
-            p.kill()
+    return told_by_two_parties(__file__)
 
 
 def near(got, wanted):

@@ -1,17 +1,15 @@
 """shares.py: identities of shares drawn at random, and its forms between two real parties."""
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import told_by_two_parties
 
 pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 
 from private import shares  # noqa: E402
-from private.meet import free_addresses  # noqa: E402
 from private.nonlinear import EXACT, LOGIT_UNIT  # noqa: E402
 from private.ranges import LIMITS  # noqa: E402
 
@@ -124,15 +122,7 @@ def qkv_of(rows, scale):
 @pytest.fixture(scope="module")
 def seen():
     """What the client and the server saw: (results, costs) of either."""
-    addresses = free_addresses(2)
-    parties = [subprocess.Popen([sys.executable, __file__, str(rank), *addresses], cwd=ROOT,
-                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-               for rank in (0, 1)]
-    try:
-        return [json.loads(p.stdout.readline()) for p in parties]
-    finally:
-        for p in parties:
-            p.kill()
+    return told_by_two_parties(__file__)
 
 
 def test_the_softmax_of_two_parties(seen):
