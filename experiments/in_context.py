@@ -25,7 +25,6 @@ end_on_signals()
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
-from functools import partial  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -33,8 +32,9 @@ import torch.nn.functional as F  # noqa: E402
 import reproduce  # noqa: E402
 from data.dataset import open_dataset  # noqa: E402
 from draw import COLOURS, write_figure, write_whole  # noqa: E402
-from entropy import attention_entropy, causal_attention  # noqa: E402
+from entropy import attention_entropy  # noqa: E402
 from model import GPT, load_checkpoint  # noqa: E402
+from plot import weights_of  # noqa: E402
 from tables import SEEDS, TABLES  # noqa: E402
 
 out_dir = "out/reproduce"  # where reproduce.py's runs live
@@ -71,27 +71,13 @@ def repeated(V, T):
 @torch.no_grad()
 def heads_on(model, x):
     """(L, H) each: mean weight T/2 - 1 positions back in the second half of x, and mean entropy."""
-    c, half = model.config, x.shape[1] // 2
-    weight, entropy = torch.zeros(2, c.n_layer, c.n_head)
-
-    def look(A, layer):
+    half = x.shape[1] // 2
+    weight, entropy = [], []
+    for A in weights_of(model)(x):                              # (N, H, T, T)
         back = A.diagonal(1 - half, dim1=-2, dim2=-1)[..., 1:]  # of rows half to T - 1
-        weight[layer] = back.mean(-1).reshape(-1, c.n_head).mean(0)
-        entropy[layer] = attention_entropy(A).mean(-1).reshape(-1, c.n_head).mean(0)
-
-    def watched(q, k, v, block_mask, layer):
-        """attention_with_entropy(), with a look at the weights."""
-        A = causal_attention(q, k)  # (B, H, T, T)
-        look(A, layer)
-        return A @ v, attention_entropy(A)
-
-    for layer, block in enumerate(model.blocks):
-        if hasattr(block.attn, "pattern"):
-            look(block.attn.pattern(x.shape[1]), layer)
-        else:
-            block.attn.with_entropy = partial(watched, layer=layer)
-    model(x, return_entropy=True)
-    return weight, entropy
+        weight.append(back.mean((0, 2)))
+        entropy.append(attention_entropy(A).mean((0, 2)))
+    return torch.stack(weight), torch.stack(entropy)
 
 
 def study(r):
