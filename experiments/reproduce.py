@@ -61,6 +61,16 @@ def at_scale(flags):
     return flags | {"learning_rate": 1e-3} if scale == "gpu" else flags
 
 
+def script(flags):
+    """The script of a run and its first argument: train.py, or with another regularizer."""
+    name = flags.get("regularizer")
+    return ["experiments/regularizers.py", name] if name else ["train.py"]
+
+
+def train_flags(settings):
+    return [f"--{key}={value}" for key, value in settings.items() if key != "regularizer"]
+
+
 def folder(config, flags, seed):
     settings = [f"{key}={value}" for key, value in at_scale(flags).items()]
     return Path(out_dir) / "-".join([config, *settings, f"s{seed}"])
@@ -71,7 +81,7 @@ def is_over(log):
 
 
 def command(config, flags, seed):
-    """The train.py command of a run: a fresh one, or one that goes on where it was stopped."""
+    """The command of a run, from its script on: a fresh one, or one that goes on."""
     path = folder(config, flags, seed)
     settings = BASE[scale] | at_scale(flags) | {"seed": seed, "data_dir": data_dir, "out_dir": path}
     if scale == "gpu":
@@ -81,7 +91,7 @@ def command(config, flags, seed):
         start = ["--init_from=resume"]
         settings = {key: settings[key] for key in ("out_dir", "data_dir", "dtype")
                     if key in settings}
-    return [*start, *(f"--{key}={value}" for key, value in settings.items()), *extra.split()]
+    return [*script(flags), *start, *train_flags(settings), *extra.split()]
 
 
 class Runs:
@@ -109,7 +119,7 @@ class Runs:
             environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
         with open(path / "stdout.log", "a") as f:
             # a session of its own: a Ctrl-C is ours to pass on, once
-            process = subprocess.Popen([sys.executable, "train.py", *command(config, flags, seed)],
+            process = subprocess.Popen([sys.executable, *command(config, flags, seed)],
                                        cwd=ROOT, env=environment, stdout=f,
                                        stderr=subprocess.STDOUT, start_new_session=True)
             self.running.append(process)
@@ -186,14 +196,13 @@ def result(config, flags, seed):
         "quartiles_of_causal_maximum": quartile_distribution(heads, causal),
         "collapse_and_jump": breaks(log, size["block_size"]),
         "tokens_per_s": round(statistics.median(rates)) if rates else 0, "head_entropy": heads,
-        "command": " ".join(["python train.py", *map(str, fresh_command(config, flags, seed))])}
+        "command": " ".join(["python", *fresh_command(config, flags, seed)])}
 
 
 def fresh_command(config, flags, seed):
     """What one would type to get this run, its folders left out."""
     settings = BASE[scale] | at_scale(flags) | {"seed": seed}
-    return [f"config/{config}.py", *(f"--{key}={value}" for key, value in settings.items()),
-            *extra.split()]
+    return [*script(flags), f"config/{config}.py", *train_flags(settings), *extra.split()]
 
 
 def machine_and_commit():

@@ -26,10 +26,12 @@ TUNED_NO_LN_F = {SM_G: 6e-3, SM_R: 9e-3, SC: 6e-3, EREG: 6e-3}
 TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e-3),
          SM_G: (5e-4, 1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (5e-4, 1e-3, 2e-3, 3e-3),
          SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (1e-3, 2e-3, 3e-3),
-         EREG: (1e-3, 2e-3, 3e-3, 4e-3)}
+         EREG: (1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 9e-3)}
 SIGMA = {"sigma_reparam": "qkvo+ffn"}
-TUNED_SIGMA = 3e-3
-TRIED_SIGMA = (2e-3, 3e-3, 6e-3)
+TUNED_SIGMA = 9e-3
+TRIED_SIGMA = (2e-3, 3e-3, 6e-3, 9e-3, 12e-3)
+TRIED_VARIANCE = ((4e-3, 1e-3), (4e-3, 1e-2), (4e-3, 1e-1), (2e-3, 1e-2), (6e-3, 1e-2))
+TUNED_VARIANCE = TRIED_VARIANCE[1]  # learning rate and lambda
 TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3, 6e-3, 9e-3), SM_R: (1e-3, 3e-3, 6e-3, 9e-3),
                  SC: (1e-3, 3e-3, 6e-3), EREG: (1e-3, 3e-3, 6e-3)}
 
@@ -95,11 +97,25 @@ def norms():
     return rows
 
 
+def variance(rate, weight, **settings):
+    """SM+ScFuFFN with a penalty on the variance of its logits."""
+    return row(f"SM+ScFuFFN, logit variance, lambda {weight:g}", SC, rate, entropy_reg=True,
+               regularizer="logit_variance", lambda_entropy=weight, **settings)
+
+
+def one_layer():
+    """Algorithm 1 on one layer's heads alone."""
+    return [row("EReg on all layers", EREG, TUNED[EREG]),
+            *(row(f"EReg on layer {layer} alone", EREG, TUNED[EREG], regularizer=f"layer={layer}")
+              for layer in range(4))]
+
+
 def rivals():
     """What else holds the logits and costs inference nothing, at the rate that suits it best."""
     return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS),
             row("SM+ScFuFFN", SC, TUNED[SC], seeds=SEEDS),
-            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, seeds=SEEDS, **SIGMA)]
+            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, seeds=SEEDS, **SIGMA),
+            variance(*TUNED_VARIANCE, seeds=SEEDS)]
 
 
 KINDS = {"softmax": {SC: (0,), EREG: (0,), LN_G: (0,)},  # of the first k of the four layers
@@ -146,10 +162,14 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
     "tuning": ("The learning rate of each, on a seed that no other table reports, in runs of 2.9M "
                "tokens", "PPL",
                tuning(TRIED) + tuning({SC: TRIED_SIGMA}, ", sigmaReparam", **SIGMA)
-               + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)),
+               + [variance(*pair, seeds=[TUNING_SEED], **SHORT) for pair in TRIED_VARIANCE]
+               + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)
+               + tuning({SC: (6e-3, 9e-3)}, ", sigmaReparam, no ln_f", **SIGMA, **NO_LN_F)),
     "frontier": ("The first layers without softmax: uniform, the average, or positional, a learned "
                  "pattern of distances", "", frontier()),
-    "rivals": ("EReg against sigmaReparam (arXiv 2303.06296)", "PPL", rivals()),
+    "rivals": ("EReg against sigmaReparam (arXiv 2303.06296) and a penalty on the logits' variance",
+               "PPL", rivals()),
+    "one_layer": ("Algorithm 1 on a single layer", "PPL", one_layer()),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)",
               "PPL", norms()),
     "ablation": ("Temperature and regularizer, each alone and together", "PPL", ablation()),

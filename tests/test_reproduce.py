@@ -3,9 +3,13 @@ import json
 import math
 import sys
 
+import torch
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "experiments"))
+from entropy import EntropyRegularizer  # noqa: E402
+from plot import read_log  # noqa: E402
+from regularizers import OneLayer, row_variance  # noqa: E402
 from reproduce import PICTURES, SEEDS, TABLES, folder  # noqa: E402
 from rows import breaks, paired  # noqa: E402
 
@@ -95,3 +99,33 @@ def test_in_context_py_finds_a_head_that_copies():
     weight, entropy = heads_on(model, repeated(50, T)[:, :-1])
     assert weight[0, 1] > 0.999 and weight[0, 0] < 0.2
     assert 0 < entropy[0, 1] < entropy[0, 0]
+
+
+def test_another_regularizer_trains_in_the_place_of_algorithm_1(data_dir, tmp_path):
+    run("experiments/regularizers.py", "logit_variance", "config/ereg_sm_t_scfuffn.py",
+        *TINY.split(), "--log_interval=1", f"--data_dir={data_dir}", f"--out_dir={tmp_path}")
+    log = read_log(tmp_path / "log.jsonl")
+    terms = [r["entropy_term"] for r in log if r["event"] == "step"]
+    assert log[-1]["event"] == "done" and min(terms) > 0
+
+
+def test_one_layer_pays_its_part_of_algorithm_1(monkeypatch):
+    entropies = torch.rand(3, 2, 4, 16) * math.log(16)
+    parts = []
+    for layer in range(3):
+        monkeypatch.setattr(OneLayer, "layer", layer)
+        parts.append(OneLayer(3, 4)(entropies))
+    assert min(parts) > 0
+    torch.testing.assert_close(sum(parts), EntropyRegularizer(3, 4)(entropies))
+
+
+def test_the_regularizer_is_named_first():
+    out = run("experiments/regularizers.py", "config/sm.py", status=2)
+    assert "name the regularizer first: logit_variance, or layer=3" in out
+
+
+def test_row_variance_is_that_of_the_keys_a_row_sees():
+    q, k = torch.randn(2, 1, 3, 8, 4, dtype=torch.float64).unbind()
+    s = q @ k.mT / 2
+    expected = [s[..., i, :i + 1].var(-1, correction=0) for i in range(8)]
+    torch.testing.assert_close(row_variance(q, k), torch.stack(expected, -1), atol=1e-6, rtol=1e-6)
