@@ -8,6 +8,8 @@ from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from entropy import EntropyRegularizer  # noqa: E402
+from gradients import by_layer, largest_logit  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from plot import read_log  # noqa: E402
 from regularizers import OneLayer, row_variance  # noqa: E402
 from reproduce import PICTURES, SEEDS, TABLES, folder  # noqa: E402
@@ -129,3 +131,18 @@ def test_row_variance_is_that_of_the_keys_a_row_sees():
     s = q @ k.mT / 2
     expected = [s[..., i, :i + 1].var(-1, correction=0) for i in range(8)]
     torch.testing.assert_close(row_variance(q, k), torch.stack(expected, -1), atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_streams_and_logits_are_told_by_layer():
+    q, k = torch.randn(2, 1, 3, 8, 4).unbind()
+    s = q @ k.mT / 2
+    above = [(s[..., i, :i + 1] - s[..., i, :i + 1].mean(-1, keepdim=True)).max() for i in range(8)]
+    assert math.isclose(largest_logit(q, k), max(above), rel_tol=1e-5)
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=3, n_head=2, n_embd=16))
+    x = torch.randint(0, 50, (4, 8))
+    found = by_layer(model, x, x)
+    model(x, x)[1].backward()
+    last = torch.stack([p.grad.norm() for p in model.blocks[-1].parameters()]).norm().item()
+    assert math.isclose(found["gradient"][-1], last, rel_tol=1e-4)
+    assert [len(values) for values in found.values()] == [3, 3, 3]
