@@ -7,7 +7,8 @@ matmul peak, peak memory.
 
 A step is train.py's: forward, backward, clipping, fused AdamW; on random tokens. The cases of one
 T run in turn, so that a ratio between them is of one run. "EReg, explicit" makes attention and then
-its entropy, as the textbook does; "EReg" is what model.py does.
+its entropy, as the textbook does; "EReg" is what model.py does. On a CPU a profile of a few steps
+then tells where the time goes.
 """
 from configurator import configure, die, end_on_signals, one_of, within
 
@@ -20,6 +21,7 @@ import time
 from contextlib import nullcontext
 from json import dumps
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # else the profiler reports each start and stop
 import torch
 
 from draw import write_whole
@@ -46,6 +48,11 @@ CASES = {"SM+LN+G": {}, "SM+ScFuFFN": SCALED, "SM(t)+ScFuFFN": WARM, "EReg, expl
 WITHOUT_ENTROPY = "SM(t)+ScFuFFN"  # what EReg's step is compared with
 WARM_UP = 3  # steps of every case that are not timed
 LAMBDA_ENTROPY = 0.164  # train.py's
+PROFILED = 5  # steps
+PARTS = {  # what the names of PyTorch's operations have in them; the first that fits counts
+    "cross-entropy": ("log_softmax", "nll_loss"), "attention": ("attention", "bmm", "softmax"),
+    "products by weights": ("mm",), "GELU": ("gelu",), "LayerNorm": ("layer_norm",),
+    "AdamW": ("adamw",)}
 
 
 def textbook(q, k, v, block_mask):
@@ -119,6 +126,18 @@ def make_step(case, T):
     return step, x.numel(), x.numel() * (6 * N + 12 * n_layer * T * n_embd)
 
 
+def profile(step):
+    """{part of PARTS, or "other": its share of the processor's time in a step}."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(PROFILED):
+            step()
+    spent = dict.fromkeys([*PARTS, "other"], 0)
+    for e in profiler.key_averages():
+        found = [part for part, names in PARTS.items() if any(name in e.key for name in names)]
+        spent[(found or ["other"])[0]] += e.self_cpu_time_total
+    return {part: time / sum(spent.values()) for part, time in spent.items()}
+
+
 def measure(T):
     """Rows of the table for context length T: every case, step by step in turn."""
     cases = {case: make_step(case, T) for case in CASES}
@@ -135,7 +154,8 @@ def measure(T):
             ratio = statistics.median(a / b for a, b in zip(own, other))
         yield {"case": case, "T": T, "tokens_per_s": n / s, "ms_per_step": 1e3 * s,
                "share_of_peak": flops / s / peak, "peak_memory_bytes": memory[case],
-               "step_against_no_entropy": ratio, "seconds": own}
+               "step_against_no_entropy": ratio, "seconds": own,
+               "parts": profile(cases[case][0]) if device == "cpu" else {}}
 
 
 def line(r):
@@ -180,6 +200,12 @@ for T in lengths:
     for row in measure(T):
         rows.append(row)
         print(line(row), flush=True)
+if device == "cpu":
+    parts = [*PARTS, "other"]
+    print(f"\n{'time, %':<16}{'T':>6}   {'   '.join(parts)}")
+    for r in rows:
+        shares = "   ".join(f"{100 * r['parts'][part]:>{len(part)}.0f}" for part in parts)
+        print(f"{r['case']:<16}{r['T']:>6}   {shares}")
 if json:
     shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size,
                  tokens=tokens)

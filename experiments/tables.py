@@ -30,8 +30,8 @@ TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e
 SIGMA = {"sigma_reparam": "qkvo+ffn"}
 TUNED_SIGMA = 9e-3
 TRIED_SIGMA = (2e-3, 3e-3, 6e-3, 9e-3, 12e-3)
-TRIED_VARIANCE = ((4e-3, 1e-3), (4e-3, 1e-2), (4e-3, 1e-1), (2e-3, 1e-2), (6e-3, 1e-2))
-TUNED_VARIANCE = TRIED_VARIANCE[1]  # learning rate and lambda
+TRIED_VARIANCE = ((4e-3, 1e-3), (4e-3, 1e-2), (4e-3, 0.1), (4e-3, 1.0), (2e-3, 0.1), (2e-3, 1.0))
+TUNED_VARIANCE = (4e-3, 1.0)  # learning rate and lambda
 TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3, 6e-3, 9e-3), SM_R: (1e-3, 3e-3, 6e-3, 9e-3),
                  SC: (1e-3, 3e-3, 6e-3), EREG: (1e-3, 3e-3, 6e-3)}
 
@@ -164,7 +164,7 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
                tuning(TRIED) + tuning({SC: TRIED_SIGMA}, ", sigmaReparam", **SIGMA)
                + [variance(*pair, seeds=[TUNING_SEED], **SHORT) for pair in TRIED_VARIANCE]
                + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)
-               + tuning({SC: (6e-3, 9e-3)}, ", sigmaReparam, no ln_f", **SIGMA, **NO_LN_F)),
+               + tuning({SC: (6e-3, 9e-3, 2e-2)}, ", sigmaReparam, no ln_f", **SIGMA, **NO_LN_F)),
     "frontier": ("The first layers without softmax: uniform, the average, or positional, a learned "
                  "pattern of distances", "", frontier()),
     "rivals": ("EReg against sigmaReparam (arXiv 2303.06296) and a penalty on the logits' variance",
@@ -176,7 +176,9 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
     "gamma": ("Tolerance margin (Figures 6 and 7)", "heads in the top quarter", gammas()),
     "context": ("At T = 256 (Table 6)", "PPL, T = 128", some("T = 256", block_size=256,
                                                              batch_size=16)),
-    "depth": ("At 12 layers", "PPL", some("12 layers", n_layer=12)),
+    "depth": ("At 12 layers", "PPL", some("12 layers", n_layer=12) + [
+        row("SM+ScFuFFN, 12 layers, 6 positional", SC, TUNED[SC], n_layer=12,
+            positional_layers=6)]),
     "divergence": ("The paper's width and depth, 3 sequences a step", "PPL", [
         large("SM", SM), large("SM+ScFFN", SCF), large("SM+ScFuFFN", SC),
         large("SM+WNorm(FFN)", SM, weight_norm="ffn"),

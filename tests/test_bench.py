@@ -20,7 +20,9 @@ def test_every_case_is_timed(tmp_path):
         # a step is of 3 x 16 or of 2 x 24 tokens
         assert r["tokens_per_s"] * r["ms_per_step"] / 1e3 == pytest.approx(48)
         assert (r["step_against_no_entropy"] is None) == ("EReg" not in r["case"])
-        assert f"{r['case']:<16}{r['T']:>6}" in out
+        assert out.count(f"{r['case']:<16}{r['T']:>6}") == 2
+        assert sum(r["parts"].values()) == pytest.approx(1)
+        assert r["parts"]["products by weights"] > 0.02 and r["parts"]["AdamW"] > 0
 
 
 @pytest.mark.parametrize("argument, line", [

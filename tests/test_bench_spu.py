@@ -125,7 +125,7 @@ def test_each_party_holds_only_its_own(exported, certificates, tmp_path):
 
 @pytest.mark.parametrize("protocol, archs, network, layers", [
     ("cheetah", "sm_ln_g,sm_scfuffn", "lan", 2),
-    ("semi2k", "sm_ln_r,sm_ln,sm_g,sm_t_scfuffn", "none", 1),
+    ("semi2k", "sm_ln_r,sm_g,sm_t_scfuffn", "none", 1),
     ("aby3", "ereg_sm_t_scfuffn", "none", 1),
 ])
 def test_architectures(protocol, archs, network, layers, tmp_path):
@@ -156,24 +156,16 @@ def test_architectures(protocol, archs, network, layers, tmp_path):
     assert all(("bytes_tcp" in r) == (network != "none") for r in results)
 
 
-def test_heads_that_average_need_no_softmax(tmp_path):
-    """Two of three layers: the logits of the clear by one of three softmaxes, for a prompt of 5."""
-    (r,), _ = results_of(tmp_path, "--archs=sm_t_scfuffn", "--protocol=semi2k", *TINY,
-                         "--n_layer=3", "--uniform_layers=2", "--prompt_ids=7,3,99,42,7")
-    assert r["arch"] == "SM(t)+ScFuFFN, 2 uniform layers"
+def test_heads_that_average_or_attend_by_position_need_no_softmax(tmp_path):
+    """Three of four layers: the logits of the clear by one softmax in four, for a prompt of 5."""
+    (r,), _ = results_of(tmp_path, "--archs=sm_t_scfuffn", "--protocol=cheetah", *TINY,
+                         "--n_layer=4", "--uniform_layers=2", "--positional_layers=1",
+                         "--prompt_ids=7,3,99,42,7")
+    assert r["arch"] == "SM(t)+ScFuFFN, 2 uniform layers, 1 positional layer"
     assert r["nonlinear_ops"] == {"SM": "2 x 16x16"}
     assert r["token"] == r["plain_token"]
     assert r["max_abs_err"] < 2e-3
-    assert r["bytes_by_kind"]["average"] > 0
-
-
-def test_heads_that_attend_by_position_need_no_softmax(tmp_path):
-    (r,), _ = results_of(tmp_path, "--archs=sm_scfuffn", "--protocol=cheetah", *TINY,
-                         "--n_layer=3", "--positional_layers=2", "--prompt_ids=7,3,99,42,7")
-    assert r["arch"] == "SM+ScFuFFN, 2 positional layers"
-    assert r["token"] == r["plain_token"]
-    assert r["max_abs_err"] < 2e-3
-    assert r["bytes_by_kind"]["pattern"] > 0
+    assert r["bytes_by_kind"]["average"] > 0 and r["bytes_by_kind"]["pattern"] > 0
 
 
 def test_one_layer_of_a_kind_stands_for_the_rest(tmp_path):
@@ -601,7 +593,6 @@ NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,
     ([*CKPT, "--json={folder}"], 2, "it is there, and no file"),
     ([*CKPT, "--json=/dev/null"], 2, "can't write /dev/null"),
     ([*CKPT, "--json=nowhere/r.json"], 2, "can't write nowhere/r.json: No such file"),
-    (["--ckpt={bare}"], 1, NO_TOKENIZER),
     (["--ckpt={bare}", "--prompt=def"], 1, NO_TOKENIZER),
     (["--ckpt=nowhere.pt"], 1, "no checkpoint at nowhere.pt"),
     ([*CLIENT, *PLACES, "--prompt=def f(x):", "--max_new_tokens=9"], 1, "16: 8 would fit"),
@@ -617,7 +608,6 @@ NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,
     (["--archs=sm_ln_g", "--n_head=5"], 2, "cannot be split"),
     (["--archs=sm_ln_g", "--uniform_layers=13"], 2, "at most n_layer=12, and is 13"),
     (["--archs=sm_ln_g", "--prompt=def"], 2, "--prompt needs a tokenizer"),
-    (["--archs=sm_ln_g", *TINY, "--prompt_ids=100"], 1, "outside the model's vocabulary of 100"),
     (["--archs=sm_ln_g", *TINY, "--measure_layers=1", "--embedding=public"], 1, SECOND_LAYER),
     (["--measure_layers=-1"], 2, "measure_layers must be at least 0"),
     (["--timeout=1e12"], 2, "timeout must be at least 5 and at most 86400"),
