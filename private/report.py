@@ -186,8 +186,9 @@ def draw(results, file):
         panel.margins(x=0.25)  # room for the text behind the longest bar
         panel.spines[["top", "right"]].set_visible(False)
     layers = f"{first['n_layer']} layers"
-    if first["measured_layers"] < first["n_layer"]:
-        layers += f", {first['measured_layers']} measured"
+    measured = sorted({r["measured_layers"] for r in results})
+    if measured[0] < first["n_layer"]:
+        layers += f", {' or '.join(map(str, measured))} measured"
     figure.suptitle(f"{layers}, width {first['n_embd']}, T = {first['block_size']}, "
                     f"vocabulary {first['vocab_size']:,}, {first['protocol']}")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
