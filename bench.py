@@ -213,4 +213,4 @@ if json:
     try:
         write_whole(json, dumps(told, indent=1).encode())
     except OSError as e:
-        die(f"can't write {json}: {e.strerror}")
+        die(e)

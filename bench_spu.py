@@ -96,6 +96,9 @@ BOUNDS = {  # least and most
     "n_layer": (1, 1000), "n_head": (1, 1000),
     "n_embd": (1, 2**16), "block_size": (1, 2**16), "vocab_size": (1, 2**20),
 }
+MODEL = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "final_layernorm",
+         "temperature_init", "bias", "gelu_tanh", "uniform_layers", "positional_layers")
+ROLE_BOTH = ("ckpt", "archs", "network", "baseline", "chart", "from_json")
 PATHS = ("private", "public", "prompts", "windows_file", "tls", "json", "logits_file", "chart",
          "from_json")
 RESULT = {"arch", "n_layer", "protocol", "bytes_total", "bytes_by_kind", "measured_layers"}
@@ -108,47 +111,48 @@ def settings():
 
 
 def from_checkpoint():
-    """(model, tokenizer or None, path of val.bin) of the checkpoint asked for or the newest one."""
+    """(model, tokenizer or None, held-out text) of the checkpoint asked for or the newest one."""
     from model import GPT, load_checkpoint
+    from pi_export import held_out_file
     everywhere = sorted(glob("out/**/ckpt.pt", recursive=True), key=os.path.getmtime)
     found = [ckpt] if ckpt else everywhere[-1:]
     if not found:
         die("no checkpoint under out/: train one with python train.py, or give --ckpt or --archs")
     checkpoint = load_checkpoint(found[0])
-    trained = checkpoint.get("settings", {})
-    folder = os.path.join(trained.get("data_dir", "data"), trained.get("dataset", "pycode"))
-    val = windows_file or os.path.join(folder, "val.bin")
-    return GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer"), val
+    text = windows_file or held_out_file(checkpoint)
+    return GPT.from_checkpoint(checkpoint), checkpoint.get("tokenizer"), text
 
 
-def read_config(name):
-    """The GPTConfig of a file of config/ and the settings here."""
+def read_config(name, given):
+    """The GPTConfig of the settings here, a file of config/, and `given` ones, in this order."""
     from model import GPTConfig
     flags = {}
     with open(os.path.join(HERE, "config", name + ".py")) as f:
         exec(f.read(), {}, flags)
     keys = GPTConfig.__dataclass_fields__
     try:
-        given = globals() | flags
-        return GPTConfig(**{key: given[key] for key in keys if key in given})
+        values = globals() | flags | given
+        return GPTConfig(**{key: values[key] for key in keys if key in values})
     except ValueError as e:
         die(e, 2)
 
 
-def from_configs():
+def from_configs(given):
     """(model, None, "") of each architecture asked for, its weights random and seeded."""
     import torch
     from model import GPT
-    for config in [read_config(name) for name in archs.split(",")]:  # all before the first is run
+    configs = [read_config(name, given) for name in archs.split(",")]  # before the first is run
+    for config in configs:
         torch.manual_seed(seed)
         yield GPT(config).eval(), None, ""
 
 
-def run_all():
+def run_all(given):
     """Run every model that is asked for, and yield its result as --json has it."""
     from private.launch import private_run
     s = settings()
-    for model, tokenizer, s.windows_file in from_configs() if archs else [from_checkpoint()]:
+    models = from_configs(given) if archs else [from_checkpoint()]
+    for model, tokenizer, s.windows_file in models:
         for s.plain in (True, False) if baseline else (plain,):
             name = model.config.name + (" plain" if s.plain else "")
             print(f"--- {name}", flush=True)
@@ -160,6 +164,7 @@ def describe(model, name, s):
     import numpy
     import spu
     import torch
+    from machine import machine_and_commit
     sizes = ("n_layer", "uniform_layers", "positional_layers", "block_size", "n_embd", "n_head",
              "vocab_size")
     ops = model.nonlinear_ops().items()
@@ -178,6 +183,8 @@ def describe(model, name, s):
         "versions": {"spu": spu.__version__, "torch": torch.__version__,
                      "numpy": numpy.__version__, "python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores for all parties",
+        **machine_and_commit(),
+        "load_before": os.getloadavg()[0],
     }
 
 
@@ -220,6 +227,9 @@ def check_settings(given):
                        ("prompts", "prompt_ids")):
         if {one, other} <= set(given):
             die(f"--{one} and --{other} are two ways to say what to run: give one", 2)
+    of_archs = [key for key in given if key in MODEL]
+    if of_archs and not archs:
+        die(f"--{of_archs[0]} is of the models that --archs makes: a checkpoint has its own", 2)
     for name in archs.split(",") if archs else ():
         if not os.path.isfile(os.path.join(HERE, "config", name + ".py")):
             die(f"no architecture {name!r}: --archs takes names of config/, such as sm_ln_g", 2)
@@ -227,13 +237,16 @@ def check_settings(given):
         tls_context(tls, server=True)
         warn_of_readers(os.path.join(tls, "key.pem"))
     if role != "both":
-        check_role()
+        check_role(given)
     for path in filter(None, (json, logits_file, chart)):
         check_writable(path)
 
 
-def check_role():
+def check_role(given):
     """The settings of a party that is started alone."""
+    of_both = [key for key in given if key in ROLE_BOTH]
+    if of_both:
+        die(f"--{of_both[0]} is for --role=both", 2)
     if embedding == "public":
         die("--embedding is chosen by pi_export.py, and here for --role=both", 2)
     if plain:
@@ -276,7 +289,7 @@ def main():
         run_party(settings())
     results = []
     try:
-        for result in read_results(from_json) if from_json else run_all():
+        for result in read_results(from_json) if from_json else run_all(given):
             results.append(result)
             if json:  # after each, so that an interrupted comparison keeps what it has
                 write_json(json, results)

@@ -21,9 +21,10 @@ import os  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save  # noqa: E402
 
 from data.tokenizer import EOT, byte_level  # noqa: E402
+from draw import write_whole  # noqa: E402
 from gpt2 import PARTS, WHOLE  # noqa: E402
 from model import GPT, GPTConfig, load_checkpoint  # noqa: E402
 from pretrained import OWN  # noqa: E402
@@ -77,8 +78,7 @@ def gpt2_tensors(model):
 
 
 def write_json(path, content):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def export(model, folder, tokenizer=None):
@@ -95,13 +95,14 @@ def export(model, folder, tokenizer=None):
     else:
         settings, tensors = gpt2_settings(c), gpt2_tensors(model)
         told = f"{c.name}, as Hugging Face's GPT-2"
-    write_json(os.path.join(folder, "config.json"), settings)
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    weights = save(tensors, metadata={"format": "pt"})
+    write_whole(os.path.join(folder, "model.safetensors"), weights)
     if tokenizer:
         write_json(os.path.join(folder, "tokenizer.json"), byte_level(tokenizer))
         write_json(os.path.join(folder, "tokenizer_config.json"),
                    {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT,
                     "model_max_length": c.block_size, "clean_up_tokenization_spaces": False})
+    write_json(os.path.join(folder, "config.json"), settings)  # the last: it says all is there
     return told
 
 

@@ -1,8 +1,10 @@
-"""What the machine can do: device, type of the matrix products, torch.compile, memory."""
+"""What the machine is and can do: device, type of the matrix products, torch.compile, memory."""
 import atexit
 import ctypes
 import math
 import os
+import shutil
+import subprocess
 import time
 from datetime import timedelta
 
@@ -139,3 +141,17 @@ def check_memory(config, batch_size, device):
     if least > memory:
         raise ValueError(f"n_layer={c.n_layer}, n_embd={c.n_embd} and batch_size={batch_size} take "
                          f"{least / 1e9:,.0f} GB at least, and {device} has {memory / 1e9:,.0f}")
+
+
+def machine_and_commit():
+    """What numbers are made by: the processor's name, and git's commit if there is one."""
+    names = [""]
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            names = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
+    commit = ""
+    if shutil.which("git"):
+        here = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True,
+                                text=True).stdout.strip()
+    return {"processor": names[0] if names else "", "cores": os.cpu_count(), "commit": commit}

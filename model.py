@@ -121,6 +121,8 @@ class GPTConfig:
         norms = [key for key in NORMS if getattr(self, key) != "none"]
         if len(norms) > 1:
             raise ValueError(f"{' and '.join(norms)} are both on: choose one")
+        if self.temperature_per_head and not self.learnable_temperature:
+            raise ValueError("temperature_per_head needs learnable_temperature=True")
 
     @property
     def activations(self):
@@ -455,8 +457,8 @@ class GPT(nn.Module):
         """
         FLOPs of one forward pass over T = block_size tokens as the paper's tables count them:
         {"ffn": , "attn": }. Q K^T counts whole, A V only its causal half; embedding and vocabulary
-        projection are left out, and softmaxes of weights alone. An average counts an addition and a
-        division for each number.
+        projection are left out, and so is a positional layer's softmax, taken once of weights. An
+        average counts an addition and a division for each number.
         """
         c = self.config
         L, T, d = c.n_layer, c.block_size, c.n_embd
@@ -482,7 +484,8 @@ class GPT(nn.Module):
             raise ValueError("the prompt is empty: give at least one token")
         V = self.config.vocab_size
         if not 0 <= idx.min() <= idx.max() < V:
-            raise ValueError(f"the prompt has token {idx.max()}, outside the vocabulary of {V}")
+            outside = idx[(idx < 0) | (idx >= V)][0]
+            raise ValueError(f"the prompt has token {outside}, outside the vocabulary of {V}")
         T, cache = self.config.block_size, None
         for _ in range(max_new_tokens):
             context = idx[:, -1:]

@@ -42,6 +42,7 @@ from configurator import configure, die, end_on_signals, on_signals, one_of
 if __name__ == "__main__":
     end_on_signals()
 
+import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
@@ -167,7 +168,7 @@ def fold_attention(block, c):
     return (W, b), (W_o, b_o), inverse_t
 
 
-def fold_uniform(block, c):
+def fold_uniform(block):
     """
     (M, b) of the attention C n M + b of a uniform layer. n: what follows a bare LayerNorm, if there
     is one. Biases pass C unchanged, as its rows sum to 1.
@@ -194,7 +195,7 @@ def attention_arrays(block, c):
     of a positional one fold_positional's.
     """
     if isinstance(block.attn, UniformAttention):
-        return {"o": fold_uniform(block, c)}
+        return {"o": fold_uniform(block)}
     if isinstance(block.attn, PositionalAttention):
         return fold_positional(block, c)
     qkv, o, inverse_t = fold_attention(block, c)
@@ -320,14 +321,26 @@ def write(model, tokenizer, folder, export=export, embedding="private", text=Non
     return arrays
 
 
-def held_out(checkpoint, path):
-    """The tokens of `path`; if that is empty, of the val.bin that the checkpoint names, or None."""
+def held_out_file(checkpoint):
+    """The val.bin of a checkpoint's training, if it still lies there and is the same, or ""."""
+    s = checkpoint.get("settings", {})
+    folder = os.path.join(s.get("data_dir", "data"), s.get("dataset", ""))
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
+            same = json.load(file)["sha256"] == checkpoint.get("data_sha256")
+    except (OSError, ValueError, KeyError):
+        return ""
+    return os.path.join(folder, "val.bin") if same else ""
+
+
+def held_out(path):
+    """The tokens of a .bin of uint16, or None if path is empty. OSError if it can't be read."""
     if not path:
-        s = checkpoint.get("settings", {})
-        path = os.path.join(s.get("data_dir", "data"), s.get("dataset", ""), "val.bin")
-        if not os.path.isfile(path):
-            return None
-    return np.fromfile(path, np.uint16).astype(np.int64)
+        return None
+    try:
+        return np.fromfile(path, np.uint16).astype(np.int64)
+    except OSError as e:
+        raise OSError(f"can't read held-out text {path}: {e.strerror}") from e
 
 
 def leave(number, frame):
@@ -343,7 +356,7 @@ def main():
     try:
         checkpoint = load_checkpoint(ckpt)
         model = GPT.from_checkpoint(checkpoint)
-        tried = held_out(checkpoint, os.path.expanduser(text))
+        tried = held_out(os.path.expanduser(text) or held_out_file(checkpoint))
         arrays = write(model, checkpoint.get("tokenizer"), folder, embedding=embedding, text=tried)
     except (OSError, ValueError) as e:
         die(e)

@@ -287,9 +287,7 @@ def look(path):
 
 def main():
     configure(globals())
-    within(globals(), tolerance=(0, 1), block_size=(0, 2**20))
-    if windows < 1:
-        die(f"windows must be at least 1, and is {windows}", 2)
+    within(globals(), tolerance=(0, 1), block_size=(0, 2**20), windows=(1, 10**9))
     if not find_spec("matplotlib"):
         die("drawing needs matplotlib: pip install matplotlib")
     paths = ckpt.split(",") if ckpt else [os.path.join(f, "ckpt.pt") for f in out_dir.split(",")]

@@ -72,9 +72,8 @@ def convert(folder, config, flags, without):
             call("train.py", f"config/{config}.py",
                  *(f"--{key}={value}" for key, value in settings.items()))
         log = read_log(target / "log.jsonl")
-        first, *_, last = [r["val_ppl"] for r in log if r["event"] == "eval"]
-        found["0"] = first
-        found[f"{share:g}"] = last if log[-1]["event"] == "done" else None
+        found["0"], *later = [r["val_ppl"] for r in log if r["event"] == "eval"]
+        found[f"{share:g}"] = later[-1] if log[-1]["event"] == "done" else None
     return found
 
 
@@ -164,7 +163,7 @@ def main():
         write_whole(str(folder / "frontier.json"), (json.dumps(rows, indent=1) + "\n").encode())
         draw(rows, large, folder / "frontier.png")
     except OSError as e:
-        die(f"can't write into {folder}: {e.strerror}")
+        die(e)
 
 
 if __name__ == "__main__":

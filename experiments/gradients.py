@@ -116,7 +116,7 @@ def main():
     try:
         write_whole(str(path), (json.dumps(rows) + "\n").encode())
     except OSError as e:
-        die(f"can't write {path}: {e.strerror}")
+        die(e)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main():
         write_whole(str(folder / "in_context.json"), (json.dumps(rows) + "\n").encode())
         draw(rows, folder / "in_context.png")
     except OSError as e:
-        die(f"can't write into {folder}: {e.strerror}")
+        die(e)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from json import dumps, loads  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 
 from draw import write_whole  # noqa: E402
+from machine import machine_and_commit  # noqa: E402
 from plot import read_log  # noqa: E402
-from reproduce import machine_and_commit  # noqa: E402
 
 nanogpt = ""  # a clone of nanoGPT
 json = ""  # write the runs here as well
@@ -160,7 +160,7 @@ def main():
         try:
             write_whole(json, dumps(told, indent=1).encode())
         except OSError as e:
-            die(f"can't write {json}: {e.strerror}")
+            die(e)
 
 
 if __name__ == "__main__":

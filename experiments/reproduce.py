@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
 from draw import draw, draw_history, write_figure, write_whole  # noqa: E402
 from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
+from machine import machine_and_commit  # noqa: E402
 from plot import look, read_log  # noqa: E402
 from tables import PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
 from rows import breaks, heading, markdown, mean  # noqa: E402
@@ -203,17 +204,6 @@ def fresh_command(config, flags, seed):
     """What one would type to get this run, its folders left out."""
     settings = BASE[scale] | at_scale(flags) | {"seed": seed}
     return [*script(flags), f"config/{config}.py", *train_flags(settings), *extra.split()]
-
-
-def machine_and_commit():
-    """What these numbers were made by: the processor's name, and git's commit if there is one."""
-    names = [""]
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            names = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {"processor": names[0] if names else "", "cores": os.cpu_count(),
-            "commit": git.stdout.strip()}
 
 
 # ---------------------------------------------------------------------------------------- pictures

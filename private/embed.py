@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from private.engine import CLIENT, SERVER
-from private.lookup import CIPHERTEXT, QUERIES, buckets, queries
+from private.lookup import QUERIES, buckets, queries
+from private.nonlinear import CIPHERTEXT
 
 ROWS = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
 GROUP = 8    # buckets that a product takes

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from configurator import on_signals
-from pi_export import export, write
+from pi_export import export, held_out, write
 from private.files import load_public, load_server
 from private.meet import ROLES, end_now, free_addresses, host_port, listen_at
-from private.party import HERE, check_settings, held_out, perplexity, read_prompts
+from private.party import HERE, check_settings, held_out_windows, perplexity, read_prompts
 from private.plain import plain_export
 from private.relay import relay
 
@@ -76,11 +76,12 @@ def serve_clients(s):
     """
     Role server with --serve: one client after the other, until a signal ends it. Each has a process
     of its own here, which ends with it, so that nothing of a client is left for the next. Raises
-    what load_server() and listen_at() raise; what goes wrong later is a line, and the next is
-    served.
+    what load_server(), check_settings() and listen_at() raise; what goes wrong later is a line, and
+    the next is served.
     """
     on_signals(end_all)
-    load_server(s.private)
+    public, _ = load_server(s.private)
+    check_settings(s, public)
     listen_at(*host_port(s.listen, "--listen")).close()
     while True:
         start_party(s, "server")
@@ -137,11 +138,12 @@ def private_run(s, model, tokenizer):
         server, result_file = os.path.join(folder, "server"), os.path.join(folder, "result.json")
         public_file = os.path.join(server, "public.json")
         logits_file = s.logits_file or os.path.join(folder, "logits.npz")
-        write(model, tokenizer, server, plain_export if s.plain else export, s.embedding)
+        write(model, tokenizer, server, plain_export if s.plain else export, s.embedding,
+              text=held_out(s.windows_file))
         public = load_public(public_file)
         check_settings(s, public)
         prompts = read_prompts(s, public)
-        texts = held_out(s, public) if s.windows else None
+        texts = held_out_windows(s, public) if s.windows else None
         prompt_ids = ";".join(",".join(map(str, ids)) for ids in prompts)
         failed, bytes_tcp = run_parties(s, {
             "client": {"public": public_file, "prompt_ids": prompt_ids,

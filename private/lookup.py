@@ -12,7 +12,8 @@ import math
 
 import numpy as np
 
-CIPHERTEXT = 8192  # numbers in one of SPU's ciphertexts
+from private.nonlinear import CIPHERTEXT
+
 ROWS_AT_ONCE = 1024  # rows of a bucket that SPU multiplies at a time
 QUERIES = CIPHERTEXT // ROWS_AT_ONCE  # tokens a bucket answers for: so many fill a ciphertext
 NEGLIGIBLE = 2.0**-40  # a probability

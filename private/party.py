@@ -95,9 +95,12 @@ def in_vocabulary(ids, size, what):
     return ids
 
 
-def held_out(s, public):
+def held_out_windows(s, public):
     """(windows, T + 1) token ids, spread over a .bin of uint16 tokens: inputs and targets."""
     path, context = s.windows_file, public["config"]["block_size"]
+    if not path:
+        raise ValueError("--windows takes held-out text, and the checkpoint's own isn't where its "
+                         "training had it: give --windows_file")
     try:
         tokens = np.fromfile(path, np.uint16).astype(np.int64)
     except OSError as e:
@@ -131,7 +134,7 @@ def load_own(s):
     check_settings(s, public)
     if s.role == "client":
         prompts = read_prompts(s, public)
-        texts = held_out(s, public) if s.windows else None
+        texts = held_out_windows(s, public) if s.windows else None
         if public["embedding"] != "private":
             weights = load_embedding(os.path.dirname(s.public), public)
     return public, weights, prompts, texts

@@ -23,7 +23,7 @@ LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form i
     "gelu": 2.0**15,
 }
 STEP = 2.0**-18            # the engine's resolution,
-EMBEDDING_STEP = 2.0**-16  # and that of embeddings, see infer.py
+EMBEDDING_STEP = 2.0**-16  # and that of embeddings, see embed.py
 NEAR = 1 / 16              # share of a limit that is warned of, since other text may go further
 BLURRED, GARBLED = 0.05, 0.5  # error of a row of logits by rounding, of its spread: warned, refused
 LEAST_ROW = 1 / 32         # rows that secure_normalise() holds for: standard deviation in units
@@ -51,7 +51,8 @@ def check_range(c, arrays, text=None):
         follow(watch, c, arrays, contexts(c, arrays["wte"], text))
     judge_products(watch)
     judge_rounding(watch)
-    return [unit_of(rows, i, c.n_embd) for i, rows in enumerate(watch.rows)]
+    last = len(watch.rows) - 1
+    return [unit_of(rows, i, last, c.n_embd) for i, rows in enumerate(watch.rows)]
 
 
 # --------------------------------------------------------------------------------- a pass, watched
@@ -111,7 +112,9 @@ def contexts(c, wte, text):
     found = list(np.random.default_rng(0).integers(0, V, (RANDOM, T)))
     by_size = np.argsort(np.linalg.norm(wte, axis=1))
     found += [np.resize(by_size[:T], T), np.resize(by_size[-T:], T)]
-    if text is not None and len(text) >= T:
+    if text is not None:
+        if len(text) < T:
+            raise ValueError(f"the text has {len(text)} tokens, and a context takes {T}")
         if text.max() >= V:
             raise ValueError(f"the text has token {text.max()}, outside the vocabulary of {V}")
         starts = np.linspace(0, len(text) - T, TEXT).astype(int)
@@ -175,20 +178,21 @@ def judge_rounding(watch):
     warn(figures)
 
 
-def unit_of(rows, i, d):
+def unit_of(rows, i, last, d):
     """
     The power of two in the middle of rows' standard deviations, or nearer the largest: beyond the
-    range these are lost, and the smallest only inexact. i: the LayerNorm's place among 2 L + 1.
+    range these are lost, and the smallest only inexact. i: the LayerNorm's place, from 0 to `last`, the final one's.
     """
     if not rows:
         return 1.0
     least, most = max(min(rows), math.sqrt(EPSILON)), max(rows)
     unit = max(math.sqrt(least * most), NEAR * most)
     unit = 2.0 ** round(math.log2(unit))
+    place = f"layer {i // 2 + 1}'s LayerNorm" if i < last else "the final LayerNorm"
     if unit > CENTRE / (STEP * math.sqrt(d)):
-        raise ValueError(f"layer {i // 2 + 1}'s LayerNorm has rows of standard deviation {most:.1e}"
+        raise ValueError(f"{place} has rows of standard deviation {most:.1e}"
                          f", more than a private run can scale: {CURE}")
     if least < LEAST_ROW * unit:
-        warn(f"layer {i // 2 + 1}'s LayerNorm has rows of standard deviation {least:.1e} to "
+        warn(f"{place} has rows of standard deviation {least:.1e} to "
              f"{most:.1e}: the smallest will be inexact")
     return unit

@@ -117,13 +117,13 @@ def own_half(x):
     """
     A share of x, 0 <= x < STEPS -> (v, top), x = v_0 + v_1 + 2 STEPS (top_0 and top_1).
 
-    v is the share mod 2 STEPS, from -STEPS to STEPS - 1, and top says whether it is negative. Of
-    x = v_0 + v_1 mod 2 STEPS the sum is x or x - 2 STEPS, and the latter if both are negative: if
-    they are, it is negative, and if one isn't it is -STEPS at least.
+    v is the share mod 2 STEPS, from -STEPS to STEPS - 1, and top says whether it is negative. So
+    v_0 + v_1 is x or x - 2 STEPS. It is the latter exactly if both are negative: x is not negative,
+    and a sum with one that isn't is -STEPS at least, more than x - 2 STEPS.
     """
     v = x.astype(np.int64) % (2 * STEPS)
     top = v >= STEPS
-    return v - 2 * STEPS * top, top
+    return v - np.where(top, 2 * STEPS, 0), top
 
 
 def client_factor(v, top):
@@ -134,7 +134,7 @@ def client_factor(v, top):
 def server_factors(v, top):
     """The server's: (if the client's v is positive, if it is negative)."""
     return (np.rint(np.exp(-NATS * v) * LOW),
-            np.rint(np.exp(-NATS * (v + 2 * STEPS * top)) * HIGH))
+            np.rint(np.exp(-NATS * (v + np.where(top, 2 * STEPS, 0))) * HIGH))
 
 
 # --------------------------------------------------------------------------------- what goes over

@@ -109,3 +109,12 @@ def test_the_tokenizer_gives_the_same_tokens(data_dir, source, tmp_path):
 def test_no_checkpoint_is_one_line():
     [(code, err)] = refusals("hf_export.py", [["--ckpt=nowhere.pt"]])
     assert code == 1 and err.startswith("error: no checkpoint at nowhere.pt") and err[-1:] == "\n"
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path):
+    export(build(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "model.safetensors.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="can't write .*model.safetensors: No space left"):
+        export(build(use_layernorm=False), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
