@@ -30,8 +30,9 @@ TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e
 SIGMA = {"sigma_reparam": "qkvo+ffn"}
 TUNED_SIGMA = 9e-3
 TRIED_SIGMA = (2e-3, 3e-3, 6e-3, 9e-3, 12e-3)
-TRIED_VARIANCE = ((4e-3, 1e-3), (4e-3, 1e-2), (4e-3, 0.1), (4e-3, 1.0), (2e-3, 0.1), (2e-3, 1.0))
-TUNED_VARIANCE = (4e-3, 1.0)  # learning rate and lambda
+TRIED_VARIANCE = ((4e-3, 1e-3), (4e-3, 1e-2), (4e-3, 0.1), (4e-3, 1.0),
+                  (2e-3, 1e-2), (2e-3, 0.1), (2e-3, 1.0))
+TUNED_VARIANCE = (2e-3, 0.1)  # learning rate and lambda
 TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3, 6e-3, 9e-3), SM_R: (1e-3, 3e-3, 6e-3, 9e-3),
                  SC: (1e-3, 3e-3, 6e-3), EREG: (1e-3, 3e-3, 6e-3)}
 
