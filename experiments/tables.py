@@ -116,6 +116,8 @@ def rivals():
     return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS),
             row("SM+ScFuFFN", SC, TUNED[SC], seeds=SEEDS),
             row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, seeds=SEEDS, **SIGMA),
+            row("SM+ScFuFFN, sigmaReparam, 2 positional", SC, TUNED_SIGMA, seeds=SEEDS,
+                **SIGMA, positional_layers=2),
             variance(*TUNED_VARIANCE, seeds=SEEDS)]
 
 
