@@ -236,6 +236,8 @@ def draw_divergence(log, path):
     upper.plot([r["step"] - 1 for r in steps], [r["ce"] for r in steps], "x--", color="0.5",
                markersize=4, label="training loss")  # of the weights before that step's update
     upper.set(ylabel="cross-entropy, nats", yscale="log")
+    upper.yaxis.set_major_formatter("{x:g}")
+    upper.yaxis.set_minor_formatter("{x:g}")
     draw_history(lower, [[r["step"], [mean(heads) for heads in r["head_entropy"]]] for r in evals])
     for ax in (upper, lower):
         if log[-1]["event"] == "diverged":
