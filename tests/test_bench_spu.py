@@ -3,6 +3,7 @@ import base64
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 from private import launch  # noqa: E402
 from private.meet import GONE, free_addresses  # noqa: E402
+from private.party import read_prompts  # noqa: E402
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--vocab_size=100"]
 TOKENIZER = {
@@ -170,12 +173,12 @@ def test_heads_that_average_or_attend_by_position_need_no_softmax(tmp_path):
 
 def test_one_layer_of_a_kind_stands_for_the_rest(tmp_path):
     """
-    Layers of a kind cost the same, beside LayerNorm and GELU: one uniform, one with softmax and the
-    last stand for five. semi2k has no one-off extensions, which would blur that.
+    Layers of a kind cost the same: one uniform, one with softmax and the last stand for five.
+    semi2k has no one-off extensions, which would blur that.
     """
     totals = []
     for layers in (0, 1):
-        (r,), _ = results_of(tmp_path, "--archs=sm_ln_g", "--protocol=semi2k", *TINY,
+        (r,), _ = results_of(tmp_path, "--archs=sm_ln", "--protocol=semi2k", *TINY,
                              "--n_layer=5", "--uniform_layers=2", f"--measure_layers={layers}")
         totals.append(r["bytes_total"])
         assert r["measured_layers"] == (layers or 5)
@@ -566,15 +569,11 @@ PLACES = ["--listen=127.0.0.1:{port}", "--peer=127.0.0.1:{port2}"]
 CKPT = ["--ckpt={folder}/ckpt.pt"]
 SECOND_LAYER = "or at least 2 with a public embedding"
 TOO_LONG = "tokens and the model's context is 16"
-NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,3"
 
 
 @pytest.mark.parametrize("args, status, words", [
     ([*CLIENT, *PLACES, "--connect_timeout=1"], 1, "did not come to"),
     ([*CLIENT, *PLACES, "--prompt=one two three four five six"], 1, TOO_LONG),
-    ([*CLIENT, *PLACES, "--prompt="], 1, "the prompt is empty"),
-    ([*CLIENT, *PLACES, "--prompt_ids=1,300"], 1, "outside the model's vocabulary of 300"),
-    ([*CLIENT, *PLACES, "--prompt_ids=one"], 1, "--prompt_ids must be like 1,2,3, and is 'one'"),
     ([*CLIENT, *PLACES, "--prompt_ids=1", "--prompt=def"], 2, "give one"),
     ([*CLIENT, *PLACES, "--tls={folder}"], 2, "ca.pem: --tls is a folder"),
     ([*CLIENT, *PLACES, "--protocol=aby3"], 2, "--peer must name one other, or two with"),
@@ -593,13 +592,8 @@ NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,
     ([*CKPT, "--json={folder}"], 2, "it is there, and no file"),
     ([*CKPT, "--json=/dev/null"], 2, "can't write /dev/null"),
     ([*CKPT, "--json=nowhere/r.json"], 2, "can't write nowhere/r.json: No such file"),
-    (["--ckpt={bare}", "--prompt=def"], 1, NO_TOKENIZER),
     (["--ckpt=nowhere.pt"], 1, "no checkpoint at nowhere.pt"),
-    ([*CLIENT, *PLACES, "--prompt=def f(x):", "--max_new_tokens=9"], 1, "16: 8 would fit"),
-    ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=2"], 1, "--prompt_tokens is 2"),
     ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=17"], 1, "at most the model's context"),
-    ([*CLIENT, *PLACES, "--prompts=nowhere.txt"], 1, "can't read --prompts=nowhere.txt"),
-    ([*CLIENT, *PLACES, "--prompts=/dev/null"], 1, "--prompts=/dev/null has no prompt"),
     ([*CLIENT, *PLACES, "--temperature=1", "--reveal=token"], 2, "not with --reveal=token"),
     ([*SERVER, *PLACES, "--serve=True", "--private={client}"], 1, "server.npz"),
     ([*SERVER, *PLACES, "--serve=True", "--prompt_tokens=17"], 1, "at most the model's context"),
@@ -625,17 +619,38 @@ NO_TOKENIZER = "this model has no tokenizer for --prompt: give --prompt_ids=1,2,
 ])
 def test_one_line_says_what_is_wrong(args, status, words, exported, tmp_path):
     folder, model = exported
-    save_checkpoint(str(tmp_path / "bare.pt"), model)
     public = json.loads((folder / "client" / "public.json").read_text())
     (tmp_path / "public.json").write_text(json.dumps(public | {"embedding": "0" * 64}))
     ports = [address.split(":")[1] for address in free_addresses(2)]
     places = {"folder": folder, "client": folder / "client", "server": folder / "server",
-              "bare": tmp_path / "bare.pt", "embedding": tmp_path / "public.json",
+              "embedding": tmp_path / "public.json",
               "port": ports[0], "port2": ports[1]}
     out = run("bench_spu.py", *(arg.format(**places) for arg in args), status=status)
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert words in last
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt_ids": "1,300"}, "outside the model's vocabulary of 300"),
+    ({"prompt_ids": "one"}, "--prompt_ids must be like 1,2,3, and is 'one'"),
+    ({"max_new_tokens": 9}, "16: 8 would fit"),
+    ({"prompt_tokens": 2}, "--prompt_tokens is 2"),
+    ({"prompts": "nowhere.txt"}, "can't read --prompts=nowhere.txt"),
+    ({"prompts": "/dev/null"}, "--prompts=/dev/null has no prompt"),
+    ({"tokenizer": None}, "this model has no tokenizer for --prompt: give --prompt_ids=1,2,3"),
+])
+def test_a_prompt_that_the_model_cannot_take_is_refused(given, words):
+    s = SimpleNamespace(prompt=PROMPT, prompt_ids="", prompts="", max_new_tokens=1,
+                        prompt_tokens=0, archs="", seed=0)
+    public = {"config": {"vocab_size": 300, "block_size": 16}, "tokenizer": TOKENIZER}
+    for key, value in given.items():
+        if key in public:
+            public[key] = value
+        setattr(s, key, value)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_prompts(s, public)
 
 
 # ------------------------------------------------------------------------------ an earlier run
