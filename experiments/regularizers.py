@@ -1,12 +1,12 @@
 """
 train.py with another regularizer in the place of Algorithm 1's, for comparison.
 
-    python experiments/regularizers.py logit_variance config/sm_scfuffn.py --entropy_reg=True
+    python experiments/regularizers.py logit_variance config/sm_scfuffn.py
     python experiments/regularizers.py layer=3 config/ereg_sm_t_scfuffn.py
 
 logit_variance: lambda_entropy times the mean variance of a row's logits, which no threshold guides.
 layer=3: Algorithm 1 on the heads of that layer alone, where it weighs as much as it does beside the
-others. What comes after the name is train.py's.
+others, counted from the first layer with softmax. What comes after the name is train.py's.
 """
 import math
 import runpy
@@ -58,6 +58,11 @@ class OneLayer(entropy.EntropyRegularizer):
 
     layer = 0
 
+    def __init__(self, n_layer, *settings):
+        super().__init__(n_layer, *settings)
+        if self.layer >= n_layer:
+            die(f"there is no layer={self.layer} among {n_layer} with softmax", 2)
+
     def forward(self, entropies):
         """entropies (L, B, H, T) nats -> a scalar, nats^2."""
         L, T = len(entropies), entropies.shape[-1]
@@ -76,7 +81,7 @@ def main():
         entropy.EntropyRegularizer = OneLayer
     else:
         die("name the regularizer first: logit_variance, or layer=3 for one layer", 2)
-    sys.argv[:2] = ["train.py"]
+    sys.argv[:] = ["train.py", *sys.argv[2:], "--entropy_reg=True"]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import sys
 
+import pytest
 import torch
 from conftest import ROOT, run
 
@@ -124,6 +125,13 @@ def test_one_layer_pays_its_part_of_algorithm_1(monkeypatch):
 def test_the_regularizer_is_named_first():
     out = run("experiments/regularizers.py", "config/sm.py", status=2)
     assert "name the regularizer first: logit_variance, or layer=3" in out
+
+
+def test_a_layer_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(OneLayer, "layer", 4)
+    with pytest.raises(SystemExit, match="2"):
+        OneLayer(4, 2)
+    assert "there is no layer=4 among 4 with softmax" in capsys.readouterr().err
 
 
 def test_row_variance_is_that_of_the_keys_a_row_sees():
