@@ -27,10 +27,9 @@ import os  # noqa: E402
 import torch  # noqa: E402
 
 import reproduce  # noqa: E402
-from data.dataset import open_dataset  # noqa: E402
 from draw import write_whole  # noqa: E402
 from entropy import attention_with_entropy, causal_average  # noqa: E402
-from model import GPT, GPTConfig, load_checkpoint  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from tables import SEEDS, TABLES  # noqa: E402
 
 out_dir = "out/reproduce"  # where reproduce.py's runs live
@@ -49,7 +48,10 @@ def largest_logit(q, k):
 
 
 def by_layer(model, x, y):
-    """{"gradient": , "stream": , "logit": }, L numbers each, of one batch x, y (B, T)."""
+    """
+    {"gradient": , "stream": , "logit": } of one batch x, y (B, T): L numbers each, of the logits
+    one for each layer with softmax.
+    """
     streams, logits = [], []
 
     def watched(q, k, v, block_mask):
@@ -72,18 +74,13 @@ def by_layer(model, x, y):
 
 def study(r):
     """A row of reproduce.py's tables, before and after training, or None if it isn't trained."""
-    path = reproduce.folder(r["config"], r["flags"], SEEDS[0]) / "ckpt.pt"
-    if not path.exists() or not reproduce.result(r["config"], r["flags"], SEEDS[0]):
+    found = reproduce.trained(r, windows)
+    if not found:
         return None
-    checkpoint = load_checkpoint(path)
+    checkpoint, x, y = found
     torch.manual_seed(SEEDS[0])  # as train.py does before it makes its model
     models = {"before": GPT(GPTConfig(**checkpoint["model_config"])),
               "after": GPT.from_checkpoint(checkpoint)}
-    T = models["after"].config.block_size
-    _, tokens, *_ = open_dataset(data_dir, reproduce.BASE["cpu"]["dataset"], T)
-    n = min(windows, (len(tokens) - 1) // T)
-    text = torch.tensor(tokens[:n * T + 1].astype(int))
-    x, y = text[:-1].view(n, T), text[1:].view(n, T)
     bare = "" if r["flags"].get("final_layernorm", True) else ", no ln_f"
     return {"label": r["label"] + bare, "config": r["config"], "flags": r["flags"],
             "seed": SEEDS[0], **{when: by_layer(model, x, y) for when, model in models.items()}}

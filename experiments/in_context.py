@@ -30,10 +30,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import reproduce  # noqa: E402
-from data.dataset import open_dataset  # noqa: E402
 from draw import COLOURS, write_figure, write_whole  # noqa: E402
 from entropy import attention_entropy  # noqa: E402
-from model import GPT, load_checkpoint  # noqa: E402
+from model import GPT  # noqa: E402
 from plot import weights_of  # noqa: E402
 from tables import SEEDS, TABLES  # noqa: E402
 
@@ -82,15 +81,13 @@ def heads_on(model, x):
 
 def study(r):
     """A row of reproduce.py's tables as its models' numbers, or None if it isn't trained."""
-    path = reproduce.folder(r["config"], r["flags"], SEEDS[0]) / "ckpt.pt"
-    if not path.exists() or not reproduce.result(r["config"], r["flags"], SEEDS[0]):
+    found = reproduce.trained(r, windows)
+    if not found:
         return None
-    model = GPT.from_checkpoint(load_checkpoint(path))
+    checkpoint, x, y = found
+    model = GPT.from_checkpoint(checkpoint)
     T, V = model.config.block_size, model.config.vocab_size
-    _, tokens, *_ = open_dataset(data_dir, reproduce.BASE["cpu"]["dataset"], T)
-    n = min(windows, (len(tokens) - 1) // T)
-    text = torch.tensor(tokens[:n * T + 1].astype(int))
-    on_text = loss_by_position(model, text[:-1].view(n, T), text[1:].view(n, T))
+    on_text = loss_by_position(model, x, y)
     random = repeated(V, T)
     on_random = loss_by_position(model, random[:, :-1], random[:, 1:])
     weight, entropy = heads_on(model, random[:, :-1])

@@ -28,9 +28,13 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
+import torch  # noqa: E402
+
+from data.dataset import open_dataset  # noqa: E402
 from draw import draw, draw_history, write_figure, write_whole  # noqa: E402
 from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
 from machine import machine_and_commit  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 from plot import look, read_log  # noqa: E402
 from tables import PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
 from rows import breaks, heading, markdown, mean  # noqa: E402
@@ -198,6 +202,23 @@ def result(config, flags, seed):
         "collapse_and_jump": breaks(log, size["block_size"]),
         "tokens_per_s": round(statistics.median(rates)) if rates else 0, "head_entropy": heads,
         "command": " ".join(["python", *fresh_command(config, flags, seed)])}
+
+
+def trained(r, windows):
+    """
+    (checkpoint, x, y) of a row's run with the first seed: x and y (N, T), at most so many windows
+    of validation text and what follows each token. None if it isn't trained.
+    """
+    run = r["config"], r["flags"], SEEDS[0]
+    path = folder(*run) / "ckpt.pt"
+    if not path.exists() or not result(*run):
+        return None
+    checkpoint = load_checkpoint(path)
+    T = checkpoint["model_config"]["block_size"]
+    _, tokens, *_ = open_dataset(data_dir, BASE["cpu"]["dataset"], T)
+    n = min(windows, (len(tokens) - 1) // T)
+    text = torch.tensor(tokens[:n * T + 1].astype(int))
+    return checkpoint, text[:-1].view(n, T), text[1:].view(n, T)
 
 
 def fresh_command(config, flags, seed):

@@ -124,8 +124,6 @@ def rivals():
 KINDS = {"softmax": {SC: (0,), EREG: (0,), LN_G: (0,)},  # of the first k of the four layers
          "uniform": {SC: (1, 2, 3, 4), EREG: (2,), LN_G: (2,)},
          "positional": {SC: (1, 2, 3, 4), EREG: (2,), LN_G: (2, 4)}}
-NO_LN_F_TOO = [row("SM+ScFuFFN, 2 positional, no ln_f", SC, TUNED_NO_LN_F[SC], positional_layers=2,
-                   **NO_LN_F)]
 
 
 def frontier():
@@ -138,7 +136,9 @@ def frontier():
                 label = f"{NAMES[config]}, {k} {kind}" if k else NAMES[config]
                 flags = {f"{kind}_layers": k} if k else {}
                 rows.append(row(label, config, TUNED[config], "", seeds, **flags))
-    return rows + NO_LN_F_TOO
+    rows.append(row("SM+ScFuFFN, 2 positional, no ln_f", SC, TUNED_NO_LN_F[SC],
+                    positional_layers=2, **NO_LN_F))
+    return rows
 
 
 LARGE = dict(n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval_interval=1,

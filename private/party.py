@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from configurator import on_signals  # noqa: E402
+from pi_export import held_out  # noqa: E402
 from private.engine import Engine  # noqa: E402
 from private.files import load_embedding, load_public, load_server, write_whole  # noqa: E402
 from private.infer import infer, set_up  # noqa: E402
@@ -101,10 +102,7 @@ def held_out_windows(s, public):
     if not path:
         raise ValueError("--windows takes held-out text, and the checkpoint's own isn't where its "
                          "training had it: give --windows_file")
-    try:
-        tokens = np.fromfile(path, np.uint16).astype(np.int64)
-    except OSError as e:
-        raise OSError(f"can't read held-out text for --windows: {e}; give --windows_file") from e
+    tokens = held_out(path)
     if len(tokens) < context + 1:
         raise ValueError(f"{path} has {len(tokens)} tokens, and a window takes {context + 1}")
     starts = np.linspace(0, len(tokens) - context - 1, s.windows).astype(int)

@@ -51,8 +51,9 @@ def check_range(c, arrays, text=None):
         follow(watch, c, arrays, contexts(c, arrays["wte"], text))
     judge_products(watch)
     judge_rounding(watch)
-    last = len(watch.rows) - 1
-    return [unit_of(rows, i, last, c.n_embd) for i, rows in enumerate(watch.rows)]
+    places = [f"layer {i // 2 + 1}'s LayerNorm" for i in range(2 * c.n_layer)]
+    places.append("the final LayerNorm")
+    return [unit_of(rows, place, c.n_embd) for rows, place in zip(watch.rows, places, strict=True)]
 
 
 # --------------------------------------------------------------------------------- a pass, watched
@@ -178,21 +179,20 @@ def judge_rounding(watch):
     warn(figures)
 
 
-def unit_of(rows, i, last, d):
+def unit_of(rows, place, d):
     """
     The power of two in the middle of rows' standard deviations, or nearer the largest: beyond the
-    range these are lost, and the smallest only inexact. i: the LayerNorm's place, from 0 to `last`, the final one's.
+    range these are lost, and the smallest only inexact. place: the LayerNorm, in words.
     """
     if not rows:
         return 1.0
     least, most = max(min(rows), math.sqrt(EPSILON)), max(rows)
     unit = max(math.sqrt(least * most), NEAR * most)
     unit = 2.0 ** round(math.log2(unit))
-    place = f"layer {i // 2 + 1}'s LayerNorm" if i < last else "the final LayerNorm"
     if unit > CENTRE / (STEP * math.sqrt(d)):
-        raise ValueError(f"{place} has rows of standard deviation {most:.1e}"
-                         f", more than a private run can scale: {CURE}")
+        raise ValueError(f"{place} has rows of standard deviation {most:.1e}, more than a private "
+                         f"run can scale: {CURE}")
     if least < LEAST_ROW * unit:
-        warn(f"{place} has rows of standard deviation {least:.1e} to "
-             f"{most:.1e}: the smallest will be inexact")
+        warn(f"{place} has rows of standard deviation {least:.1e} to {most:.1e}: the smallest will "
+             "be inexact")
     return unit
