@@ -53,7 +53,7 @@ extra = ""  # further flags of every train.py run; to be kept apart by out_dir
 BASE = {
     "cpu": dict(dataset="pycode2k", n_layer=4, n_head=4, n_embd=128, batch_size=32, max_iters=2640,
                 eval_interval=330, eval_windows=256, log_interval=50, warmup=0.1,
-                dtype="bfloat16"),
+                dtype="bfloat16", compile="no"),
     "gpu": dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, warmup=0.05, eval_windows=512,
                 eval_interval=500, log_interval=50),
 }
@@ -204,12 +204,12 @@ def result(config, flags, seed):
         "command": " ".join(["python", *fresh_command(config, flags, seed)])}
 
 
-def trained(r, windows):
+def trained(r, windows, seed=SEEDS[0]):
     """
-    (checkpoint, x, y) of a row's run with the first seed: x and y (N, T), at most so many windows
-    of validation text and what follows each token. None if it isn't trained.
+    (checkpoint, x, y) of a row's run with a seed: x and y (N, T), at most so many windows of
+    validation text and what follows each token. None if it isn't trained.
     """
-    run = r["config"], r["flags"], SEEDS[0]
+    run = r["config"], r["flags"], seed
     path = folder(*run) / "ckpt.pt"
     if not path.exists() or not result(*run):
         return None
@@ -298,10 +298,11 @@ def main():
     runs = [x for rows in tables.values() for r in rows for x in r["runs"]]
     if not runs:
         die(f"no finished run in {out_dir}")
-    for key in ("data_sha256", "torch"):
-        if len({x[key] for x in runs}) > 1:
-            die(f"the runs in {out_dir} differ in {key} and can't be compared: delete the older "
-                "ones and run again")
+    for name, rows in tables.items():
+        for key in ("data_sha256", "torch"):
+            if len({x[key] for r in rows for x in r["runs"]}) > 1:
+                die(f"the runs of the table {name} in {out_dir} differ in {key} and can't be "
+                    "compared: delete the older ones and run again")
     told = [f"--{key}={given[key]!r}" for key in ("scale", "gpu_steps", "extra") if key in given]
     head = heading(runs, " ".join(["python experiments/reproduce.py", *told]))
     parts = {name: markdown(name, rows) for name, rows in tables.items()

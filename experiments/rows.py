@@ -108,10 +108,10 @@ def breaks(log, T):
 def heading(runs, command):
     """The paragraph above the tables: what was trained, where, and by which command."""
     one, s = runs[0], runs[0]["size"]
-    makers = sorted({f"{x['processor']}, commit {x['commit'][:7]}" for x in runs})
+    makers = sorted({f"{x['machine']}, torch {x['torch']}, {x['processor']}, commit "
+                     f"{x['commit'][:7]}" for x in runs})
     return (f"{s['n_layer']} layers, width {s['n_embd']}, {s['n_head']} heads, "
             f"T = {s['block_size']}, vocabulary {s['vocab_size']}, pycode (sha256 "
             f"{one['data_sha256'][:16]}), where the paper has 12 layers, width 768, 12 heads and "
-            f"2.1B tokens of CodeParrot (17 a parameter). {one['machine']}, torch {one['torch']}; "
-            f"{'; '.join(makers)}. "
+            f"2.1B tokens of CodeParrot (17 a parameter). {'; '.join(makers)}. "
             f"Made by `{command}`.\n\n")

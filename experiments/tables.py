@@ -22,10 +22,12 @@ TOP_QUARTER = {LN_G: "about 10%", SM_G: "58%", SM_R: "23%", SM: "45%"}  # of its
 
 TUNED = {LN_G: 3e-3, LN_R: 3e-3, LN: 3e-3, SM_G: 1e-3, SM_R: 2e-3, SM: 1e-3, SCF: 2e-3, SC: 2e-3,
          T: 1e-3, TH: 1e-3, EREG: 4e-3}
-TUNED_NO_LN_F = {SM_G: 6e-3, SM_R: 9e-3, SC: 6e-3, EREG: 6e-3}
+TUNED_NO_LN_F = {LN_G: 3e-3, LN_R: 3e-3, LN: 3e-3, SM_G: 6e-3, SM_R: 9e-3, SM: 6e-3, SCF: 6e-3,
+                 SC: 6e-3, T: 3e-3, EREG: 6e-3}
+TUNED_DEEP = {LN_G: 3e-3, SM_G: 5e-4, SM_R: 1e-3, SC: 1e-3, EREG: 2e-3}  # at 12 layers
 TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e-3),
          SM_G: (5e-4, 1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (5e-4, 1e-3, 2e-3, 3e-3),
-         SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (1e-3, 2e-3, 3e-3),
+         SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (5e-4, 1e-3, 2e-3, 3e-3),
          EREG: (1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 9e-3)}
 SIGMA = {"sigma_reparam": "qkvo+ffn"}
 TUNED_SIGMA = 9e-3
@@ -33,11 +35,21 @@ TRIED_SIGMA = (2e-3, 3e-3, 6e-3, 9e-3, 12e-3)
 TRIED_VARIANCE = ((4e-3, 1e-3), (4e-3, 1e-2), (4e-3, 0.1), (4e-3, 1.0),
                   (2e-3, 1e-2), (2e-3, 0.1), (2e-3, 1.0))
 TUNED_VARIANCE = (2e-3, 0.1)  # learning rate and lambda
-TRIED_NO_LN_F = {SM_G: (1e-3, 3e-3, 6e-3, 9e-3), SM_R: (1e-3, 3e-3, 6e-3, 9e-3),
-                 SC: (1e-3, 3e-3, 6e-3), EREG: (1e-3, 3e-3, 6e-3)}
+TRIED_NO_LN_F = {LN_G: (3e-3, 6e-3, 9e-3), LN_R: (3e-3, 6e-3, 9e-3), LN: (3e-3, 6e-3, 9e-3),
+                 SM_G: (1e-3, 3e-3, 6e-3, 9e-3), SM_R: (1e-3, 3e-3, 6e-3, 9e-3, 12e-3, 2e-2),
+                 SM: (3e-3, 6e-3, 9e-3), SCF: (3e-3, 6e-3, 9e-3), SC: (1e-3, 3e-3, 6e-3, 9e-3),
+                 T: (1e-3, 3e-3, 6e-3), EREG: (1e-3, 3e-3, 6e-3, 9e-3)}
+TUNED_SIGMA_NO_LN_F = 2e-2
+TRIED_SIGMA_NO_LN_F = (6e-3, 9e-3, 2e-2, 3e-2)
+TUNED_VARIANCE_NO_LN_F = (6e-3, 0.1)
+TRIED_VARIANCE_NO_LN_F = ((6e-3, 1e-2), (6e-3, 0.1), (6e-3, 1.0))
+TRIED_DEEP = {LN_G: (1e-3, 3e-3), SM_G: (5e-4, 1e-3), SM_R: (5e-4, 1e-3, 2e-3),
+              SC: (5e-4, 1e-3, 2e-3), EREG: (1e-3, 2e-3, 4e-3)}
+TUNED_SIGMA_DEEP = 3e-3
+TRIED_SIGMA_DEEP = (3e-3, 6e-3, 9e-3)
 
 
-def row(label, config, rate, published="", seeds=SEEDS[:1], **flags):
+def row(label, config, rate, published="", seeds=SEEDS, **flags):
     """A configuration of config/ with settings of its own, trained with each seed."""
     if config in (T, TH, EREG):  # whose last layers collapse from 0.01 at such rates
         flags = {"temperature_init": 0.1} | flags
@@ -60,10 +72,10 @@ def tuning(tried, note="", **flags):
             for config, rates in tried.items() for rate in rates]
 
 
-def some(suffix, configs=(SC, EREG, LN_G, SM_G, SM_R), **flags):
-    """One seed of a few configurations, with settings that the row's name tells."""
-    return [row(f"{NAMES[config]}, {suffix}", config, TUNED[config], PUBLISHED[config], **flags)
-            for config in configs]
+def some(suffix, tuned, **flags):
+    """A few configurations at their rates, with settings that the row's name tells."""
+    return [row(f"{NAMES[config]}, {suffix}", config, tuned[config], PUBLISHED[config], **flags)
+            for config in TUNED_DEEP]
 
 
 def ablation():
@@ -98,9 +110,9 @@ def norms():
     return rows
 
 
-def variance(rate, weight, **settings):
+def variance(rate, weight, note="", **settings):
     """SM+ScFuFFN with a penalty on the variance of its logits."""
-    return row(f"SM+ScFuFFN, logit variance, lambda {weight:g}", SC, rate, entropy_reg=True,
+    return row(f"SM+ScFuFFN, logit variance, lambda {weight:g}{note}", SC, rate, entropy_reg=True,
                regularizer="logit_variance", lambda_entropy=weight, **settings)
 
 
@@ -113,12 +125,28 @@ def one_layer():
 
 def rivals():
     """What else holds the logits and costs inference nothing, at the rate that suits it best."""
-    return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG], seeds=SEEDS),
-            row("SM+ScFuFFN", SC, TUNED[SC], seeds=SEEDS),
-            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, seeds=SEEDS, **SIGMA),
-            row("SM+ScFuFFN, sigmaReparam, 2 positional", SC, TUNED_SIGMA, seeds=SEEDS,
-                **SIGMA, positional_layers=2),
-            variance(*TUNED_VARIANCE, seeds=SEEDS)]
+    return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG]),
+            row("SM+ScFuFFN", SC, TUNED[SC]),
+            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, **SIGMA),
+            row("SM+ScFuFFN, sigmaReparam, 2 positional", SC, TUNED_SIGMA, **SIGMA,
+                positional_layers=2),
+            variance(*TUNED_VARIANCE)]
+
+
+def rivals_no_ln_f():
+    """The same without the final LayerNorm."""
+    return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED_NO_LN_F[EREG], **NO_LN_F),
+            row("SM+ScFuFFN", SC, TUNED_NO_LN_F[SC], **NO_LN_F),
+            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA_NO_LN_F, **SIGMA, **NO_LN_F),
+            variance(*TUNED_VARIANCE_NO_LN_F, **NO_LN_F)]
+
+
+def deep():
+    """12 layers, each configuration at the rate that its own short runs chose."""
+    return some("12 layers", TUNED_DEEP, n_layer=12) + [
+        row("SM+ScFuFFN, 12 layers, sigmaReparam", SC, TUNED_SIGMA_DEEP, n_layer=12, **SIGMA),
+        row("SM+ScFuFFN, 12 layers, 6 positional", SC, TUNED_DEEP[SC], n_layer=12,
+            positional_layers=6)]
 
 
 KINDS = {"softmax": {SC: (0,), EREG: (0,), LN_G: (0,)},  # of the first k of the four layers
@@ -127,15 +155,14 @@ KINDS = {"softmax": {SC: (0,), EREG: (0,), LN_G: (0,)},  # of the first k of the
 
 
 def frontier():
-    """Three seeds of what the conclusion rests on, none and half of the layers."""
+    """None, some and all of the layers without softmax."""
     rows = []
     for kind, configs in KINDS.items():
         for config, counts in configs.items():
             for k in counts:
-                seeds = SEEDS if config != LN_G and k in (0, 2) else SEEDS[:1]
                 label = f"{NAMES[config]}, {k} {kind}" if k else NAMES[config]
                 flags = {f"{kind}_layers": k} if k else {}
-                rows.append(row(label, config, TUNED[config], "", seeds, **flags))
+                rows.append(row(label, config, TUNED[config], **flags))
     rows.append(row("SM+ScFuFFN, 2 positional, no ln_f", SC, TUNED_NO_LN_F[SC],
                     positional_layers=2, **NO_LN_F))
     return rows
@@ -147,8 +174,7 @@ LARGE = dict(n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval
 
 def large(label, config, **flags):
     """The paper's width and depth for 80 steps, with a warmup of 4."""
-    return row(f"{label}, 12 x 768", config, 1e-3, PUBLISHED.get(config, ""), SEEDS,
-               **LARGE, **flags)
+    return row(f"{label}, 12 x 768", config, 1e-3, PUBLISHED.get(config, ""), **LARGE, **flags)
 
 
 WITH_SHARES = "PPL; share of heads in the top quarter"
@@ -161,27 +187,30 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
     "no_final_layernorm": ("The same without the final LayerNorm", WITH_SHARES,
                            each(TUNED_NO_LN_F, **NO_LN_F)),
     "one_rate": ("Those that bear a higher rate, at 0.001 like the paper's", WITH_SHARES,
-                 each(dict.fromkeys((LN_G, LN_R, LN, SC, T, EREG), 1e-3), SEEDS[:1])),
+                 each(dict.fromkeys((LN_G, LN_R, LN, SC, T, EREG), 1e-3))),
     "tuning": ("The learning rate of each, on a seed that no other table reports, in runs of 2.9M "
                "tokens", "PPL",
                tuning(TRIED) + tuning({SC: TRIED_SIGMA}, ", sigmaReparam", **SIGMA)
                + [variance(*pair, seeds=[TUNING_SEED], **SHORT) for pair in TRIED_VARIANCE]
                + tuning(TRIED_NO_LN_F, ", no ln_f", **NO_LN_F)
-               + tuning({SC: (6e-3, 9e-3, 2e-2)}, ", sigmaReparam, no ln_f", **SIGMA, **NO_LN_F)),
+               + tuning({SC: TRIED_SIGMA_NO_LN_F}, ", sigmaReparam, no ln_f", **SIGMA, **NO_LN_F)
+               + [variance(*pair, ", no ln_f", seeds=[TUNING_SEED], **SHORT, **NO_LN_F)
+                  for pair in TRIED_VARIANCE_NO_LN_F]
+               + tuning(TRIED_DEEP, ", 12 layers", n_layer=12)
+               + tuning({SC: TRIED_SIGMA_DEEP}, ", 12 layers, sigmaReparam", n_layer=12, **SIGMA)),
     "frontier": ("The first layers without softmax: uniform, the average, or positional, a learned "
                  "pattern of distances", "", frontier()),
     "rivals": ("EReg against sigmaReparam (arXiv 2303.06296) and a penalty on the logits' variance",
                "PPL", rivals()),
+    "rivals_no_final_layernorm": ("The same without the final LayerNorm", "PPL", rivals_no_ln_f()),
     "one_layer": ("Algorithm 1 on a single layer", "PPL", one_layer()),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)",
               "PPL", norms()),
     "ablation": ("Temperature and regularizer, each alone and together", "PPL", ablation()),
     "gamma": ("Tolerance margin (Figures 6 and 7)", "heads in the top quarter", gammas()),
-    "context": ("At T = 256 (Table 6)", "PPL, T = 128", some("T = 256", block_size=256,
+    "context": ("At T = 256 (Table 6)", "PPL, T = 128", some("T = 256", TUNED, block_size=256,
                                                              batch_size=16)),
-    "depth": ("At 12 layers", "PPL", some("12 layers", n_layer=12) + [
-        row("SM+ScFuFFN, 12 layers, 6 positional", SC, TUNED[SC], n_layer=12,
-            positional_layers=6)]),
+    "depth": ("At 12 layers", "PPL", deep()),
     "divergence": ("The paper's width and depth, 3 sequences a step", "PPL", [
         large("SM", SM), large("SM+ScFFN", SCF), large("SM+ScFuFFN", SC),
         large("SM+WNorm(FFN)", SM, weight_norm="ffn"),
