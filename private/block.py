@@ -59,12 +59,8 @@ def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0), cache=None):
 
 def attention(op, n, w, c, f, cache=None):
     """
-    softmax(Q K^T) V, eq. 3, 6 and 9: n (T, d) -> (T, d).
-
-    The product with V takes one key fewer than there are: a row's weights sum to 1, so that
-    A V = A' (V' - v) + v, where v is the last key's value and A' and V' leave that key out. At
-    T = 128 SPU then takes the keys in two halves, which is faster ("A V" in
-    docs/ledger.md).
+    softmax(Q K^T) V, eq. 3, 6 and 9: n (T, d) -> (T, d). The weights are divided by their sums
+    after the product with V, which takes T x d quotients; the weights are H x T x T.
     """
     H = c.n_head
     qkv = op("matmul", linear, n, *w["qkv"])                                   # (T, 3 d)
@@ -75,7 +71,7 @@ def attention(op, n, w, c, f, cache=None):
     s = op("matmul", scores, qkv, n_head=H)                                    # (H, T, T)
     e = op("softmax", f.exponentials, s)                                       # (H, T, T)
     y = op("matmul", mix, e, qkv, n_head=H)                                    # (H, T, d_k)
-    return op("softmax", divide, y, e, qkv, n_head=H,
+    return op("softmax", divide, y, e,
               reciprocal=f.reciprocal, most=c.block_size)                      # (T, d)
 
 
@@ -232,18 +228,14 @@ def scores(qkv, n_head):
 
 
 def mix(e, qkv, n_head):
-    """A' (V' - v), see attention()."""
+    """A V, its weights not yet divided by their sums."""
     _, _, v = split_heads(qkv, n_head)
-    return e[..., :-1] @ (v[:, :-1] - v[:, -1:])
+    return e @ v
 
 
-def divide(y, e, qkv, n_head, reciprocal, most):
-    """
-    y / (the row sums of e) + v, heads side by side. Divided after the product with V it takes T x d
-    quotients, where the weights are H x T x T. most: the largest that a sum can be.
-    """
-    _, _, v = split_heads(qkv, n_head)
-    return join_heads(y * reciprocal(e.sum(-1, keepdims=True), most) + v[:, -1:])
+def divide(y, e, reciprocal, most):
+    """y / (the row sums of e), heads side by side. most: the largest that a sum can be."""
+    return join_heads(y * reciprocal(e.sum(-1, keepdims=True), most))
 
 
 # ------------------------------------------------------------------------------ the same of one row

@@ -23,7 +23,7 @@ import numpy as np
 import spu
 from spu import libspu
 
-from private.block import divide, mix, scores
+from private.block import divide, join_heads, mix, scores
 from private.nonlinear import (CIPHERTEXT, GELU_FAR, GELU_NEAR, LOGIT_UNIT, ROWS, SECURE,
                                causal_row_max, gelu_terms, secure_exponentials)
 
@@ -252,13 +252,11 @@ def among_zeros(e, T):
 def mix_form(op, engine, e, qkv, n_head):
     """block.mix() as integers of EXP_BITS fraction bits, without a truncation."""
     _, _, v = heads_of(engine.numbers(qkv), n_head)
-    e = integers(engine, e, E_BITS)[..., :-1]
-    return op(jnp.matmul, engine.hold(e), engine.hold(v[:, :-1] - v[:, -1:]))  # (H, T, d_k)
+    return op(jnp.matmul, e, engine.hold(v))                                  # (H, T, d_k)
 
 
-def divide_form(op, engine, y, e, qkv, n_head, reciprocal, most):
+def divide_form(op, engine, y, e, reciprocal, most):
     """block.divide() -> (T, d), of 18 fraction bits: the row sums of e are local."""
-    H, T, d_k = y.shape
     total = integers(engine, e, E_BITS).sum(-1, keepdims=True)
     total = op(scaled, engine.hold(total, dtype=np.float32), bits=FRACTION - E_BITS)
     r = op(reciprocal, total, most=most)                                      # (H, T, 1)
@@ -266,9 +264,7 @@ def divide_form(op, engine, y, e, qkv, n_head, reciprocal, most):
     y = op(scaled, y, bits=Y_BITS - EXP_BITS)                                 # (H, T, d_k)
     y = op(jnp.multiply, y, r)
     y = engine.numbers(op(scaled, y, bits=FRACTION - Y_BITS))
-    _, _, v = heads_of(engine.numbers(qkv), n_head)
-    y = (y + v[:, -1:]).transpose(1, 0, 2).reshape(T, H * d_k)
-    return engine.hold(y, dtype=np.float32)
+    return engine.hold(join_heads(y), dtype=np.float32)
 
 
 def in_rows(form):

@@ -91,7 +91,7 @@ def steps_of(op, qkv, f):
     s = op("matmul", scores, qkv, n_head=H)
     e = op("softmax", f.exponentials, s)
     y = op("matmul", mix, e, qkv, n_head=H)
-    return op("softmax", divide, y, e, qkv, n_head=H, reciprocal=f.reciprocal, most=T)
+    return op("softmax", divide, y, e, reciprocal=f.reciprocal, most=T)
 
 
 def party(rank, addresses):
