@@ -22,9 +22,9 @@ TOP_QUARTER = {LN_G: "about 10%", SM_G: "58%", SM_R: "23%", SM: "45%"}  # of its
 
 TUNED = {LN_G: 3e-3, LN_R: 3e-3, LN: 3e-3, SM_G: 1e-3, SM_R: 2e-3, SM: 1e-3, SCF: 2e-3, SC: 2e-3,
          T: 1e-3, TH: 1e-3, EREG: 4e-3}
-TUNED_NO_LN_F = {LN_G: 3e-3, LN_R: 3e-3, LN: 3e-3, SM_G: 6e-3, SM_R: 9e-3, SM: 6e-3, SCF: 6e-3,
-                 SC: 6e-3, T: 3e-3, EREG: 6e-3}
-TUNED_DEEP = {LN_G: 3e-3, SM_G: 5e-4, SM_R: 1e-3, SC: 1e-3, EREG: 2e-3}  # at 12 layers
+TUNED_NO_LN_F = {LN_G: 6e-3, LN_R: 9e-3, LN: 6e-3, SM_G: 6e-3, SM_R: 9e-3, SM: 9e-3, SCF: 6e-3,
+                 SC: 9e-3, T: 6e-3, EREG: 9e-3}
+TUNED_DEEP = {LN_G: 3e-3, SM_G: 1e-3, SM_R: 2e-3, SC: 1e-3, EREG: 2e-3}  # at 12 layers
 TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e-3),
          SM_G: (5e-4, 1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (5e-4, 1e-3, 2e-3, 3e-3),
          SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (5e-4, 1e-3, 2e-3, 3e-3),
@@ -35,17 +35,18 @@ TRIED_SIGMA = (2e-3, 3e-3, 6e-3, 9e-3, 12e-3)
 TRIED_VARIANCE = ((4e-3, 1e-3), (4e-3, 1e-2), (4e-3, 0.1), (4e-3, 1.0),
                   (2e-3, 1e-2), (2e-3, 0.1), (2e-3, 1.0))
 TUNED_VARIANCE = (2e-3, 0.1)  # learning rate and lambda
-TRIED_NO_LN_F = {LN_G: (3e-3, 6e-3, 9e-3), LN_R: (3e-3, 6e-3, 9e-3), LN: (3e-3, 6e-3, 9e-3),
-                 SM_G: (1e-3, 3e-3, 6e-3, 9e-3), SM_R: (1e-3, 3e-3, 6e-3, 9e-3, 12e-3, 2e-2),
-                 SM: (3e-3, 6e-3, 9e-3), SCF: (3e-3, 6e-3, 9e-3), SC: (1e-3, 3e-3, 6e-3, 9e-3),
-                 T: (1e-3, 3e-3, 6e-3), EREG: (1e-3, 3e-3, 6e-3, 9e-3)}
-TUNED_SIGMA_NO_LN_F = 2e-2
-TRIED_SIGMA_NO_LN_F = (6e-3, 9e-3, 2e-2, 3e-2)
-TUNED_VARIANCE_NO_LN_F = (6e-3, 0.1)
+TRIED_NO_LN_F = {LN_G: (3e-3, 6e-3, 9e-3), LN_R: (3e-3, 6e-3, 9e-3, 12e-3),
+                 LN: (3e-3, 6e-3, 9e-3), SM_G: (1e-3, 3e-3, 6e-3, 9e-3),
+                 SM_R: (1e-3, 3e-3, 6e-3, 9e-3, 12e-3, 2e-2), SM: (3e-3, 6e-3, 9e-3),
+                 SCF: (3e-3, 6e-3, 9e-3), SC: (1e-3, 3e-3, 6e-3, 9e-3, 12e-3),
+                 T: (1e-3, 3e-3, 6e-3), EREG: (1e-3, 3e-3, 6e-3, 9e-3, 12e-3)}
+TUNED_SIGMA_NO_LN_F = 3e-2
+TRIED_SIGMA_NO_LN_F = (6e-3, 9e-3, 2e-2, 3e-2, 4.5e-2)
+TUNED_VARIANCE_NO_LN_F = (6e-3, 1e-2)
 TRIED_VARIANCE_NO_LN_F = ((6e-3, 1e-2), (6e-3, 0.1), (6e-3, 1.0))
 TRIED_DEEP = {LN_G: (1e-3, 3e-3), SM_G: (5e-4, 1e-3), SM_R: (5e-4, 1e-3, 2e-3),
               SC: (5e-4, 1e-3, 2e-3), EREG: (1e-3, 2e-3, 4e-3)}
-TUNED_SIGMA_DEEP = 3e-3
+TUNED_SIGMA_DEEP = 9e-3
 TRIED_SIGMA_DEEP = (3e-3, 6e-3, 9e-3)
 
 
@@ -177,6 +178,23 @@ def large(label, config, **flags):
     return row(f"{label}, 12 x 768", config, 1e-3, PUBLISHED.get(config, ""), **LARGE, **flags)
 
 
+WHOLE = dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, max_iters=1500, eval_interval=500,
+             eval_windows=512, warmup=0.05)
+HALF_POSITIONAL = {"positional_layers": 6}
+
+
+def paper_size():
+    """The paper's width and depth on a GPU, at the paper's learning rate and at lower ones."""
+    rows = [row(NAMES[config], config, 1e-3, PUBLISHED.get(config, ""), **WHOLE)
+            for config in NAMES if config != TH]
+    rows += [row(f"{NAMES[config]}, 6 positional", config, 1e-3, **WHOLE, **HALF_POSITIONAL)
+             for config in (SC, EREG)]
+    rows += [row("SM+ScFuFFN, sigmaReparam", SC, rate, **WHOLE, **SIGMA) for rate in (1e-3, 3e-3)]
+    rows += [row(NAMES[config], config, 3e-4, **WHOLE)
+             for config in (LN_G, LN_R, SM_G, SM_R, SM, SCF, SC, T)]
+    return rows
+
+
 WITH_SHARES = "PPL; share of heads in the top quarter"
 TABLES = {  # name: (what it is, what the published column shows, rows)
     "quick": ("Ten minutes: does ReLU or GELU suit a model without LayerNorm?", "PPL",
@@ -211,12 +229,14 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
     "context": ("At T = 256 (Table 6)", "PPL, T = 128", some("T = 256", TUNED, block_size=256,
                                                              batch_size=16)),
     "depth": ("At 12 layers", "PPL", deep()),
+    "paper_size": ("The paper's width and depth, 12.3M tokens by 8,192 a step, on an H200", "PPL",
+                   paper_size()),
     "divergence": ("The paper's width and depth, 3 sequences a step", "PPL", [
         large("SM", SM), large("SM+ScFFN", SCF), large("SM+ScFuFFN", SC),
         large("SM+WNorm(FFN)", SM, weight_norm="ffn"),
         large("SM+SNorm(FFN)", SM, spectral_norm="ffn"), large("SM+G", SM_G)]),
 }
-SMALL_ONLY = ("quick", "depth", "divergence")  # not for the scale of GPT-2
+SMALL_ONLY = ("quick", "depth", "paper_size", "divergence")  # not for the scale of GPT-2
 
 
 def at(config, **flags):
