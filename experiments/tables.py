@@ -124,6 +124,14 @@ def one_layer():
               for layer in range(4))]
 
 
+def weights():
+    """The regularizer's weight, down to none, at EReg's learning rate."""
+    return [row("EReg, lambda 0.164", EREG, TUNED[EREG]),
+            *(row(f"EReg, lambda {x:g}", EREG, TUNED[EREG], lambda_entropy=x)
+              for x in (0.041, 0.01, 0.0025)),
+            row("no regularizer: SM(t)+ScFuFFN", T, TUNED[EREG])]
+
+
 def rivals():
     """What else holds the logits and costs inference nothing, at the rate that suits it best."""
     return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG]),
@@ -222,6 +230,7 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
                "PPL", rivals()),
     "rivals_no_final_layernorm": ("The same without the final LayerNorm", "PPL", rivals_no_ln_f()),
     "one_layer": ("Algorithm 1 on a single layer", "PPL", one_layer()),
+    "lambda": ("The weight of the regularizer", "PPL", weights()),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)",
               "PPL", norms()),
     "ablation": ("Temperature and regularizer, each alone and together", "PPL", ablation()),
