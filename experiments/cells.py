@@ -217,7 +217,8 @@ class Results:
         return self.rows.get(identity(cell))
 
     def add(self, told):
-        self.rows[identity(told["cell"])] = told | self.made
+        told = json.loads(json.dumps(told | self.made))  # as a rerun will read it
+        self.rows[identity(told["cell"])] = told
         whole = self.head | self.made | {"rows": list(self.rows.values())}
         write_whole(str(self.path), (json.dumps(whole) + "\n").encode())
 
