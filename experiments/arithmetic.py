@@ -34,6 +34,7 @@ import re  # noqa: E402
 import torch  # noqa: E402
 
 import cells  # noqa: E402
+import sweep  # noqa: E402
 from draw import COLOURS, write_figure  # noqa: E402
 from rows import mean  # noqa: E402
 from tables import EREG, NAMES, T as SM_T, TUNED, row  # noqa: E402
@@ -42,12 +43,12 @@ into = "out/questions"  # folder for arithmetic.json and arithmetic.png
 tasks = "add3r,add3,mul2r"  # the most important first
 archs = ""  # some of the architectures, comma-separated; all if empty
 thresholds = True  # also EReg with other thresholds
-rates = "0.001,0.003,0.01"  # learning rates tried on the tuning seed
+rates = "0.003,0.01"  # learning rates tried on the tuning seed
 seeds = 3  # seeds reported of each, at most 3
-n_layer = 4  # layers
+n_layer = 2  # layers
 n_embd = 128  # width
 n_head = 4  # heads
-steps = 1500  # training steps of a cell
+steps = 1000  # training steps of a cell
 batch = 512  # problems a step
 tested = 2048  # problems of each length that are drawn, of which the held-out ones are asked
 jobs = 2  # cells side by side
@@ -182,7 +183,7 @@ def draw(groups, path):
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups) + 2, 4), squeeze=False,
                              layout="constrained")
-    labels = list(cells.by_label(told for rows in groups.values() for told in rows))
+    labels = list(sweep.by_label(told for rows in groups.values() for told in rows))
     for ax, (task, rows) in zip(axes[0], groups.items()):
         for told in (told for told in rows if told["event"] == "done"):
             place = labels.index(told["cell"]["label"])
@@ -221,7 +222,7 @@ def groups_of(names):
 def table(task, rows):
     print(f"\n{task:<28}{'rate':>8}  {'exact match, by digits':<30}{'sampled':>8}{'guided':>8}  "
           "aligning head: weight, entropy")
-    for label, mine in cells.by_label(rows).items():
+    for label, mine in sweep.by_label(rows).items():
         done = [told for told in mine if told["event"] == "done"]
         if not done:
             print(f"{label:<28}  diverged")
@@ -245,8 +246,8 @@ def main():
     tried = cells.numbers(rates, "rates")
     scale = {key: globals()[key] for key in ("tasks", "n_layer", "n_embd", "n_head", "steps",
                                              "batch")}
-    results = cells.Results(Path(into) / "arithmetic.json", scale)
-    found = cells.sweep(groups_of(names), tried, seeds, results, make, study, jobs, seconds)
+    results = sweep.Results(Path(into) / "arithmetic.json", scale)
+    found = sweep.sweep(groups_of(names), tried, seeds, results, make, study, jobs, seconds)
     merged = {task: sum(found[place::len(names)], []) for place, task in enumerate(names)}
     for task, rows in merged.items():
         table(task, rows)
