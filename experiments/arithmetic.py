@@ -1,7 +1,7 @@
 """
 Does lower entropy help arithmetic, as the paper's Appendix D supposes? Sums and products by digits.
 
-    python experiments/arithmetic.py --into=results --jobs=14                  # all, minutes on a GPU
+    python experiments/arithmetic.py --into=results --jobs=14   # all, minutes on a GPU
     python experiments/arithmetic.py --tasks=add2r --archs=SM+LN+G --seeds=1 --thresholds=False
 
 A task is its operation, the digits of its operands at most, and r where the answer is written from

@@ -68,8 +68,8 @@ def size_of(text, width_of_head, key="sizes"):
         die(f"{key} must be like 2x64x128, layers x width x context, and is {text!r}", 2)
     n_layer, n_embd, T = map(int, parts)
     if n_layer < 2 or n_embd < width_of_head or n_embd % width_of_head:
-        die(f"{key}: {text} must have two layers at least, and a width that {width_of_head} divides",
-            2)
+        die(f"{key}: {text} must have two layers at least, and a width that {width_of_head} "
+            "divides", 2)
     return dict(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // width_of_head, block_size=T)
 
 

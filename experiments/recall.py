@@ -69,7 +69,7 @@ def generated(n, T, V, generator, least=None):
 
 
 def make(cell, n, generator, least=1):
-    """x, y (n, T): y is the answer where x asks, and -1 elsewhere. Few pairs are a start for many."""
+    """x, y (n, T): y is the answer where x asks, and -1 elsewhere. Few pairs help to learn many."""
     T, V = cell["size"]["block_size"], cell["size"]["vocab_size"]
     x, pair, told = generated(n, T, V, generator, least)
     return x, torch.where(told, -1, x.gather(1, 2 * pair + 1))
@@ -100,7 +100,7 @@ def study(cell, model):
 
 
 def draw(groups, path):
-    """Accuracy of every seed by architecture, a colour for each size; and weight against entropy."""
+    """Every seed's accuracy by architecture, a colour for each size; and weight against entropy."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -146,8 +146,8 @@ def main():
     for text in sizes.split(","):
         size = cells.size_of(text, WIDTH_OF_HEAD) | {"vocab_size": tokens}
         if size["block_size"] % 8 or size["block_size"] > 4 * tokens:
-            die(f"sizes: a context must be a multiple of 8, at most {4 * tokens} with tokens={tokens}"
-                f", and is {size['block_size']}", 2)
+            die(f"sizes: a context must be a multiple of 8, at most {4 * tokens} with "
+                f"tokens={tokens}, and is {size['block_size']}", 2)
         chosen = cells.some_of(rows_of(size), archs)
         named[text] = [(cell_of(r, size), cell_of(r, size)) for r in chosen]
     found = sweep.sweep(list(named.values()), tried, seeds, results, make, study, jobs, seconds)

@@ -84,7 +84,7 @@ class Results:
         write_whole(str(self.path), (json.dumps(whole) + "\n").encode())
 
 
-# ---------------------------------------------------------------------------------------- many cells
+# ------------------------------------------------------------------------------------- many cells
 def run(cells, results, make, study, jobs, deadline):
     """Train the cells that `results` lacks, so many side by side. Dies with a line if one fails."""
     todo = [cell for cell in cells if not results.of(cell)]

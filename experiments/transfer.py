@@ -76,7 +76,7 @@ def folder(run):
 
 
 def checkpoint(run):
-    """The checkpoint that a run starts from: its seed's, the first one's where the rate is tuned."""
+    """What a run starts from: its seed's checkpoint, the first one's where the rate is tuned."""
     seed = run["seed"] if run["seed"] in SEEDS else SEEDS[0]
     return reproduce.folder(run["config"], run["pretrained"], seed) / "ckpt.pt"
 
@@ -85,7 +85,8 @@ def command(run):
     steps, early = steps_of()
     settings = reproduce.BASE["cpu"] | run["flags"] | {
         "dataset": dataset, "max_iters": steps, "eval_interval": early, "seed": run["seed"],
-        "sample_tokens": 0, "plot": False, "compile": "no", "data_dir": data_dir, "out_dir": folder(run)}
+        "sample_tokens": 0, "plot": False, "compile": "no", "data_dir": data_dir,
+        "out_dir": folder(run)}
     if run["start"] == "pretrained":
         settings["init_from"] = checkpoint(run)
     return ["train.py", f"config/{run['config']}.py", *reproduce.train_flags(settings),
@@ -189,7 +190,7 @@ def main():
     # Runs as short as these don't repay the time of torch.compile.
     reproduce.jobs, reproduce.extra = jobs, f"--compile=no {extra}"
     if not os.path.exists(os.path.join(data_dir, dataset, "meta.json")):
-        die(f"no dataset {data_dir}/{dataset}: prepare it with pycode2k's tokenizer, as --help says")
+        die(f"no dataset {data_dir}/{dataset}: prepare it in pycode2k's tokens, see --help")
     deadline = time.time() + seconds
     rows = checkpoints(rows)
     if not rows:
