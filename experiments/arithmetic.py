@@ -48,7 +48,7 @@ seeds = 3  # seeds reported of each, at most 3
 n_layer = 2  # layers
 n_embd = 128  # width
 n_head = 4  # heads
-steps = 1000  # training steps of a cell
+steps = 1000  # training steps of a cell, fewer where it solves the task
 batch = 512  # problems a step
 tested = 2048  # problems of each length that are drawn, of which the held-out ones are asked
 jobs = 2  # cells side by side
@@ -220,7 +220,7 @@ def groups_of(names):
 
 
 def table(task, rows):
-    print(f"\n{task:<28}{'rate':>8}  {'exact match, by digits':<30}{'sampled':>8}{'guided':>8}  "
+    print(f"\n{task:<28}{'rate':>8}  {'exact match, by digits':<26}{'steps':>6}{'sampled':>8}{'guided':>8}  "
           "aligning head: weight, entropy")
     for label, mine in sweep.by_label(rows).items():
         done = [told for told in mine if told["event"] == "done"]
@@ -229,10 +229,11 @@ def table(task, rows):
             continue
         by_digits = [f"{k}: {mean([told['greedy'][k] for told in done]):.2f}"
                      for k in map(str, done[0]["greedy"])]
+        taken = mean([told["history"][-1][0] for told in done])
         longest = max(done[0]["greedy"])
         others = [mean([told[key][longest] for told in done]) for key in ("sampled", "guided")]
         print(f"{label:<28}{done[0]['cell']['flags']['learning_rate']:>8g}  "
-              f"{', '.join(by_digits):<30}{others[0]:>8.2f}{others[1]:>8.2f}  "
+              f"{', '.join(by_digits):<26}{taken:>6.0f}{others[0]:>8.2f}{others[1]:>8.2f}  "
               f"{cells.tell_head(done[0]['aligning'])}")
 
 

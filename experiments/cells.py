@@ -28,6 +28,7 @@ WARMUP = 0.1  # share of the steps, as in reproduce.py
 LAMBDA = 0.164  # weight of the regularizer, train.py's
 WEIGHT_DECAY = 0.1  # on matrices and embeddings, train.py's
 CLIP = 1.0  # largest gradient norm, train.py's
+SOLVED = 0.002  # nats: a loss below it, twice in a row, ends a cell
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -98,11 +99,16 @@ def schedule(step, steps):
     return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
 
 
+def is_solved(history):
+    last = [ce for _, ce, _ in history[-2:]]
+    return len(last) == 2 and max(last) < SOLVED
+
+
 def train(cell, make, device):
     """
     (model, regularizer, history) of a cell: history has [step, cross-entropy, accuracy] of a fresh
-    batch every LOOK steps, and ends early where the loss is no number any more. make(cell, n,
-    generator) generates x, y (n, T), y -1 where there is nothing to predict.
+    batch every LOOK steps, and ends early where the task is solved or the loss is no number any
+    more. make(cell, n, generator) generates x, y (n, T), y -1 where there is nothing to predict.
     """
     model, regularizer = build(cell)
     model.to(device)
@@ -133,7 +139,7 @@ def train(cell, make, device):
             asked = wanted >= 0
             right = (logits.argmax(-1) == wanted)[asked].float().mean().item()
             history.append([step + 1, ce.item(), right])
-            if not math.isfinite(loss.item()):
+            if not math.isfinite(loss.item()) or is_solved(history):
                 break
     return model.eval(), regularizer, history
 

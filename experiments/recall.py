@@ -2,12 +2,12 @@
 Does taking nonlinearities away cost recall? Multi-query associative recall (arXiv 2312.04927).
 
     python experiments/recall.py --into=results --jobs=14                  # all, minutes on a GPU
-    python experiments/recall.py --sizes=2x32x64 --archs=SM+LN+G --seeds=1  # the smallest cell
+    python experiments/recall.py --sizes=2x64x32 --archs=SM+LN+G --seeds=1  # the smallest cell
 
-A sequence tells pairs, key and value, T/8 of them, and then asks for one of the keys at every
+A sequence tells pairs, key and value, T/4 of them, and then asks for one of the keys at every
 position: the token to predict there is the value that followed the key at first. Keys and values
 are drawn anew for each sequence, so that nothing but the context tells the answer. In training a
-sequence has 1 to T/8 pairs; accuracy is measured on T/8.
+sequence has 1 to T/4 pairs; accuracy is measured on T/4.
 
 Of every architecture, at the learning rate that its runs on a seed of their own chose: accuracy on
 new sequences; the head that looks most at the answer, from the query to the value that follows the
@@ -34,13 +34,13 @@ from draw import COLOURS, write_figure  # noqa: E402
 from tables import NAMES, SC, TUNED, row  # noqa: E402
 
 into = "out/questions"  # folder for recall.json and recall.png
-sizes = "2x64x64,4x64x64,2x32x64,2x128x128"  # layers x width x context, the most important first
+sizes = "2x64x32,2x64x64,4x64x64,2x128x64"  # layers x width x context, the most important first
 archs = ""  # some of the architectures, comma-separated; all if empty
-rates = "0.003,0.01"  # learning rates tried on the tuning seed
+rates = "0.001,0.003"  # learning rates tried on the tuning seed
 seeds = 3  # seeds reported of each, at most 3
-steps = 1500  # training steps of a cell
+steps = 2000  # training steps of a cell, fewer where it solves the task
 batch = 128  # sequences a step
-tokens = 64  # V: keys, and as many values
+tokens = 32  # V: keys, and as many values
 tested = 1024  # new sequences that accuracy is measured on
 jobs = 2  # cells side by side
 seconds = 10**6  # no cell starts after so many
@@ -54,15 +54,15 @@ def generated(n, T, V, generator, least=None):
     """
     (x, pair, told) of n sequences: x (n, T); the pair (n, T) that a position asks for, its key
     at 2 * pair and its value behind; and whether a position still tells a pair, (n, T). A sequence
-    holds from `least` to T/8 pairs, T/8 where that is None.
+    holds from `least` to T/4 pairs, T/4 where that is None.
     """
-    most = T // 8
-    keys = torch.rand(n, V // 2, generator=generator).argsort(1)[:, :most]           # (n, T/8)
-    values = torch.randint(V // 2, V, (n, most), generator=generator)                # (n, T/8)
+    most = T // 4
+    keys = torch.rand(n, V // 2, generator=generator).argsort(1)[:, :most]           # (n, T/4)
+    values = torch.randint(V // 2, V, (n, most), generator=generator)                # (n, T/4)
     pairs = torch.randint(least or most, most + 1, (n, 1), generator=generator)      # (n, 1)
     pair = (torch.rand(n, T, generator=generator) * pairs).long()                    # (n, T)
     position = torch.arange(T)
-    both = torch.stack((keys, values), 2).flatten(1)                                 # (n, T/4)
+    both = torch.stack((keys, values), 2).flatten(1)                                 # (n, T/2)
     told = position < 2 * pairs                                                      # (n, T)
     x = torch.where(told, both[:, position % (2 * most)], keys.gather(1, pair))      # (n, T)
     return x, pair, told
@@ -89,10 +89,10 @@ def study(cell, model):
         right += (guess == wanted)[wanted >= 0].sum().item()
         asked += (wanted >= 0).sum().item()
     x, pair, _ = generated(LOOKED_AT, T, V, generator)
-    told = T // 8 * 2
-    queries = torch.arange(told, T).expand(LOOKED_AT, -1)              # (N, T - T/4)
+    told = T // 2
+    queries = torch.arange(told, T).expand(LOOKED_AT, -1)              # (N, T/2)
     to_value = cells.heads_on(model.cpu(), x, queries, 2 * pair[:, told:, None] + 1)
-    values = torch.arange(1, told, 2).expand(LOOKED_AT, -1)            # (N, T/8)
+    values = torch.arange(1, told, 2).expand(LOOKED_AT, -1)            # (N, T/4)
     to_key = cells.heads_on(model, x, values, values[..., None] - 1)
     return {"score": right / asked, "to_value": cells.best_head(*to_value),
             "to_key": cells.best_head(*to_key), "weight_on_value": to_value[0].tolist(),
@@ -135,6 +135,19 @@ def cell_of(r, size):
             "size": size, "steps": steps, "batch": batch}
 
 
+def table(groups):
+    print(f"{'':<34}{'rate':>7}  {'accuracy':<21}{'steps':<20}"
+          f"{'query to value: head, weight, entropy':<39}value to key")
+    for size, rows in groups.items():
+        for label, mine in sweep.by_label(rows).items():
+            heads = [cells.tell_head(mine[0].get(key)) for key in ("to_value", "to_key")]
+            accuracy = sweep.spread([told["score"] for told in mine])
+            taken = sweep.spread([told["history"][-1][0] for told in mine], "{:.0f}")
+            rate = mine[0]["cell"]["flags"]["learning_rate"]
+            print(f"{size + ' ' + label:<34}{rate:>7g}  {accuracy:<21}{taken:<20}{heads[0]:<39}"
+                  f"{heads[1]}")
+
+
 def main():
     configure(globals())
     within(globals(), seeds=(1, 3), steps=(1, 10**6), batch=(1, 10**5), tokens=(4, 2**16),
@@ -145,20 +158,13 @@ def main():
     named = {}
     for text in sizes.split(","):
         size = cells.size_of(text, WIDTH_OF_HEAD) | {"vocab_size": tokens}
-        if size["block_size"] % 8 or size["block_size"] > 4 * tokens:
-            die(f"sizes: a context must be a multiple of 8, at most {4 * tokens} with "
+        if size["block_size"] % 4 or size["block_size"] > 2 * tokens:
+            die(f"sizes: a context must be a multiple of 4, at most {2 * tokens} with "
                 f"tokens={tokens}, and is {size['block_size']}", 2)
         chosen = cells.some_of(rows_of(size), archs)
         named[text] = [(cell_of(r, size), cell_of(r, size)) for r in chosen]
     found = sweep.sweep(list(named.values()), tried, seeds, results, make, study, jobs, seconds)
-    print(f"{'':<34}{'rate':>8}  {'accuracy':<22}{'to the value: head, weight, entropy':<38}"
-          "value to key")
-    for size, rows in zip(named, found):
-        for label, mine in sweep.by_label(rows).items():
-            told = mine[0]
-            heads = [cells.tell_head(told.get(key)) for key in ("to_value", "to_key")]
-            print(f"{size + ' ' + label:<34}{told['cell']['flags']['learning_rate']:>8g}  "
-                  f"{sweep.spread([t['score'] for t in mine]):<22}{heads[0]:<38}{heads[1]}")
+    table(dict(zip(named, found)))
     try:
         draw(dict(zip(named, found)), Path(into) / "recall.png")
     except OSError as e:

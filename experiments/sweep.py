@@ -37,7 +37,8 @@ def finish(cell, make, study, deadline):
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     told = {"cell": cell, "event": "done", "parameters": sum(p.numel() for p in model.parameters()),
             "device": name, "torch": torch.__version__, "history": history}
-    if not math.isfinite(history[-1][1]):
+    sound = all(p.isfinite().all() for p in model.parameters())
+    if not sound or not math.isfinite(history[-1][1]):
         return told | {"event": "diverged", "score": 0.0, "seconds": time.time() - started}
     told |= study(cell, model)
     if regularizer:
@@ -115,15 +116,15 @@ def at_rate(cell, rate, seed):
 
 
 def chosen_rate(cell, rates, results):
-    """The rate of the best run on the tuning seed, the lower loss among equals; None without."""
+    """The rate of the best run on the tuning seed, the faster one among equals; None without."""
     runs = [results.of(at_rate(cell, rate, TUNING_SEED)) for rate in rates]
     runs = [told for told in runs if told]
     if not runs:
         return None
 
     def quality(told):
-        loss = told["history"][-1][1]
-        return told["event"] == "done", round(told["score"], 2), -loss
+        step, loss, _ = told["history"][-1]
+        return told["event"] == "done", round(told["score"], 2), -step, -loss
 
     return max(runs, key=quality)["cell"]["flags"]["learning_rate"]
 
