@@ -220,8 +220,8 @@ def groups_of(names):
 
 
 def table(task, rows):
-    print(f"\n{task:<28}{'rate':>8}  {'exact match, by digits':<26}{'steps':>6}{'sampled':>8}{'guided':>8}  "
-          "aligning head: weight, entropy")
+    print(f"\n{task:<28}{'rate':>8}  {'exact match, by digits':<26}{'steps':>6}{'sampled':>8}"
+          f"{'guided':>8}  aligning head: weight, entropy")
     for label, mine in sweep.by_label(rows).items():
         done = [told for told in mine if told["event"] == "done"]
         if not done:

@@ -28,7 +28,7 @@ WARMUP = 0.1  # share of the steps, as in reproduce.py
 LAMBDA = 0.164  # weight of the regularizer, train.py's
 WEIGHT_DECAY = 0.1  # on matrices and embeddings, train.py's
 CLIP = 1.0  # largest gradient norm, train.py's
-SOLVED = 0.002  # nats: a loss below it, twice in a row, ends a cell
+SOLVED = 0.005  # nats: a loss below it, twice in a row, ends a cell
 
 
 # ---------------------------------------------------------------------------------------- settings
