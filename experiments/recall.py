@@ -34,11 +34,11 @@ from draw import COLOURS, write_figure  # noqa: E402
 from tables import NAMES, SC, TUNED, row  # noqa: E402
 
 into = "out/questions"  # folder for recall.json and recall.png
-sizes = "2x64x32,2x64x64,4x64x64,2x128x64"  # layers x width x context, the most important first
+sizes = "2x64x32,4x64x64,2x128x64"  # layers x width x context, the most important first
 archs = ""  # some of the architectures, comma-separated; all if empty
 rates = "0.001,0.003"  # learning rates tried on the tuning seed
 seeds = 3  # seeds reported of each, at most 3
-steps = 2000  # training steps of a cell, fewer where it solves the task
+steps = 1500  # training steps of a cell, fewer where it solves the task
 batch = 128  # sequences a step
 tokens = 32  # V: keys, and as many values
 tested = 1024  # new sequences that accuracy is measured on
