@@ -34,7 +34,7 @@ from draw import COLOURS, write_figure  # noqa: E402
 from tables import NAMES, SC, TUNED, row  # noqa: E402
 
 into = "out/questions"  # folder for recall.json and recall.png
-sizes = "2x64x32,4x64x64,2x128x64"  # layers x width x context, the most important first
+sizes = "2x64x32,4x64x32,2x128x32,2x128x64"  # layers x width x context, the most important first
 archs = ""  # some of the architectures, comma-separated; all if empty
 rates = "0.001,0.003"  # learning rates tried on the tuning seed
 seeds = 3  # seeds reported of each, at most 3
