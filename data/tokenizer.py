@@ -93,8 +93,9 @@ def train_tokenizer(documents, size):
 
 def convert_tokenizer(source):
     """
-    The spec of a tiktoken encoding, by its name, or of a Hugging Face byte-level tokenizer.json: a
-    file, a folder or a hub id. ValueError if tiktoken can't stand in for it.
+    The spec of a tiktoken encoding, by its name, of another dataset here, by its folder, or of a
+    Hugging Face byte-level tokenizer.json: a file, a folder or a hub id. ValueError if tiktoken
+    can't stand in for it.
     """
     if source in tiktoken.list_encoding_names():
         try:
@@ -110,7 +111,9 @@ def convert_tokenizer(source):
     if not path.exists():
         path = hub_tokenizer(source)
     try:
-        spec = convert_byte_level(json.loads(path.read_text(encoding="utf-8")))
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        if "ranks" not in spec:  # so it isn't one that write_dataset() left
+            spec = convert_byte_level(spec)
         load_tokenizer(spec)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is not a whole byte-level BPE tokenizer.json "

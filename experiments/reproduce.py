@@ -23,9 +23,11 @@ from configurator import configure, die, end_on_signals, on_signals, one_of, wit
 end_on_signals()
 
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
+import time  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
 import torch  # noqa: E402
@@ -102,19 +104,20 @@ def command(config, flags, seed):
 class Runs:
     """Runs of train.py side by side, until a signal stops them all."""
 
-    def __init__(self):
+    def __init__(self, deadline):
         self.running = []
         self.signal = None
+        self.deadline = deadline
 
     def stop(self, number, frame=None):
         self.signal = number
         for process in self.running:
             process.terminate()  # it saves, and the next call resumes it
 
-    def train(self, config, flags, seed):
-        """Run or resume one, unless it is over. A divergence is a result like any other."""
-        path = folder(config, flags, seed)
-        if self.signal or is_over(read_log(path / "log.jsonl")):
+    def train(self, path, arguments):
+        """Run or resume the run in `path`, unless it is over. A divergence is a result like any."""
+        late = time.time() > self.deadline
+        if self.signal or late or is_over(read_log(path / "log.jsonl")):
             return
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "made.json").exists():
@@ -124,7 +127,7 @@ class Runs:
             environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
         with open(path / "stdout.log", "a") as f:
             # a session of its own: a Ctrl-C is ours to pass on, once
-            process = subprocess.Popen([sys.executable, *command(config, flags, seed)],
+            process = subprocess.Popen([sys.executable, *arguments],
                                        cwd=ROOT, env=environment, stdout=f,
                                        stderr=subprocess.STDOUT, start_new_session=True)
             self.running.append(process)
@@ -165,7 +168,12 @@ def train_all(todo):
             prepare += DATASET
         if subprocess.run(prepare).returncode:
             die("data/prepare.py failed, see above")
-    runs = Runs()
+    side_by_side([(folder(*run), command(*run)) for run in todo])
+
+
+def side_by_side(todo, seconds=math.inf):
+    """Train (folder, arguments of python) of each, as train_all does; none starts after so long."""
+    runs = Runs(time.time() + seconds)
     on_signals(runs.stop)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(runs.train, *run) for run in todo]
