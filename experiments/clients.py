@@ -43,7 +43,7 @@ seed = 0  # of prompts, weights and moments
 PROMPT = 5  # tokens
 MODEL = GPTConfig(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=32,
                   use_layernorm=False, use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True)
-LONGEST = 8.0  # seconds after which the last of the killed have died
+SLOWEST = 8.0  # seconds that a client takes, until one has told
 
 
 def toy(folder):
@@ -92,7 +92,10 @@ def in_the_clear(model, prompt):
 
 
 def one_client(folder, listens, model, chance, dies):
-    """Start a client, and kill it or wait for its reply: what there is to say of it."""
+    """
+    Start a client, and wait for its reply, or kill it after `dies` seconds where that isn't 0: what
+    there is to say of it.
+    """
     prompt = [chance.randrange(MODEL.vocab_size) for _ in range(PROMPT)]
     started, told = time.time(), folder / "client.json"
     told.unlink(missing_ok=True)
@@ -101,10 +104,10 @@ def one_client(folder, listens, model, chance, dies):
                        f"--prompt_ids={','.join(map(str, prompt))}", f"--max_new_tokens={tokens}",
                        "--connect_timeout=60", stdout=subprocess.DEVNULL)
     if dies:
-        time.sleep(chance.uniform(0, LONGEST))
+        time.sleep(dies)
         client.kill()
     status = client.wait()
-    row = {"killed": dies, "status": status, "seconds": time.time() - started}
+    row = {"killed": bool(dies), "status": status, "seconds": time.time() - started}
     if not dies and status == 0:
         reply = loads(told.read_text())
         found = reply["replies"][0]["tokens"] if "replies" in reply else [reply["token"]]
@@ -127,7 +130,9 @@ def serve_all(folder, model):
         for i in range(clients):
             if i in visited:
                 guests.append(knock(listens[1], visited.index(i)))
-            row = one_client(folder, listens, model, chance, i in doomed)
+            longest = max([row["seconds"] for row in rows], default=SLOWEST)
+            dies = chance.uniform(0, longest) if i in doomed else 0
+            row = one_client(folder, listens, model, chance, dies)
             row["stranger"] = i in visited
             row["memory_bytes"], row["processes"] = memory_and_children(server.pid)
             rows.append(row)
