@@ -55,7 +55,7 @@ PARTS = {  # what the names of PyTorch's operations have in them; the first that
     "AdamW": ("adamw",)}
 
 
-def textbook(q, k, v, block_mask):
+def textbook(q, k, v):
     """attention_with_entropy() the explicit way, in float32."""
     return explicit_attention_with_entropy(q.float(), k.float(), v.float())
 

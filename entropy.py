@@ -131,7 +131,7 @@ class _AttentionWithEntropy(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def attention_with_entropy(q, k, v, block_mask=None):
+def attention_with_entropy(q, k, v):
     """
     Causal softmax attention, y = A v with A = softmax(s) and s = q k^T / sqrt(d_k) over j <= i, and
     the entropy of its rows, eq. 10:
@@ -140,44 +140,16 @@ def attention_with_entropy(q, k, v, block_mask=None):
 
     q, k, v: (B, H, T, d_k), k in the type of v -> y (B, H, T, d_k) in that type, and the entropy
     (B, H, T) in nats, in float32 (float64 if q is). For a temperature per query position, eq. 9,
-    the caller divides q by it. With a block_mask, from causal_block_mask(), one call of
-    flex_attention stores no T x T tensor: for compiled models on CUDA.
+    the caller divides q by it.
 
     First derivatives only, a second one raises RuntimeError; explicit_attention_with_entropy() has
     them all.
     """
-    if block_mask is not None:
-        return fused_attention_with_entropy(q, k, v, block_mask)
     q = q.to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
         flat = [t.contiguous().flatten(0, -3) for t in (q, k, v)]  # (B H, T, d_k)
         y, entropy = _AttentionWithEntropy.apply(*flat)
     return y.view(v.shape), entropy.view(v.shape[:-1])
-
-
-def fused_attention_with_entropy(q, k, v, block_mask):
-    """
-    attention_with_entropy() as one call of flex_attention with the values [v, k], by
-
-        H_i = logsumexp_j s_ij - q_i . (A k)_i / sqrt(d_k)
-
-    detach() leaves the gradient through A alone, which _AttentionWithEntropy derives. Rounding may
-    put the difference below 0.
-    """
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-    q = q.to(k.dtype)  # a temperature in float32 has widened it
-    values = torch.cat((v, k.detach()), -1)  # (B, H, T, 2 d_k)
-    y, aux = flex_attention(q, k, values, block_mask=block_mask, return_aux=AuxRequest(lse=True))
-    y, Ak = y.split((v.shape[-1], k.shape[-1]), -1)
-    # Both terms are nearly equal where a head collapses: their difference is taken in float32.
-    mean_logit = (q.detach().float() * Ak.float()).sum(-1) / math.sqrt(q.shape[-1])  # (B, H, T)
-    return y, aux.lse.detach() - mean_logit
-
-
-def causal_block_mask(T, device):
-    """flex_attention's mask of j <= i."""
-    from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
 
 
 # ---------------------------------------------------------------------------------- heads

@@ -23,8 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-from entropy import (attention_entropy, attention_with_entropy, causal_average,
-                     causal_block_mask)
+from entropy import attention_entropy, attention_with_entropy, causal_average
 from gpt2 import read_gpt2
 
 NORM_PLACES = ("none", "qk", "ffn", "qk+ffn", "qkv+ffn", "qkvo+ffn")  # the columns of Table 4
@@ -234,10 +233,10 @@ class Attention(nn.Module):
         """t, (H, block_size), or (H, 1) with temperature_per_head; always positive."""
         return self.log_temperature.exp()
 
-    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
+    def forward(self, x, return_entropy=False, cache=None):
         """
         x (B, T, d) -> y (B, T, d), and the entropy (B, H, T) in nats if asked for, else None.
-        block_mask, cache: see GPT.forward.
+        cache: see GPT.forward.
         """
         B, T, d = x.shape
         q, k = self.qk(x).split(d, dim=-1)  # (B, T, d) each
@@ -255,7 +254,7 @@ class Attention(nn.Module):
             if past:  # the one token here may look at all of them
                 y, entropy = F.scaled_dot_product_attention(q, k, v), None
             elif return_entropy:
-                y, entropy = self.with_entropy(q, k, v, block_mask)
+                y, entropy = self.with_entropy(q, k, v)
             else:
                 if v.dtype.itemsize == 2 and v.device.type == "cpu":
                     q, k, v = q.float(), k.float(), v.float()
@@ -291,8 +290,8 @@ class UniformAttention(nn.Module):
         """A, (H, T, T): C for every head."""
         return causal_average(T).expand(self.n_head, T, T)
 
-    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
-        """Attention.forward(), whose arguments these are; block_mask is not needed."""
+    def forward(self, x, return_entropy=False, cache=None):
+        """Attention.forward(), whose arguments these are."""
         B, T, d = x.shape
         v = self.v(x)[:, None]  # (B, 1, T, d), as all heads are alike
         if cache is not None:
@@ -328,8 +327,8 @@ class PositionalAttention(nn.Module):
         r = self.by_distance[:, distance.clamp(min=0)]                 # (H, T, T)
         return r.masked_fill(distance < 0, float("-inf")).softmax(-1)  # (H, T, T)
 
-    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
-        """Attention.forward(), whose arguments these are; block_mask is not needed."""
+    def forward(self, x, return_entropy=False, cache=None):
+        """Attention.forward(), whose arguments these are."""
         B, T, d = x.shape
         v = self.v(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, d_k)
         if cache is not None:
@@ -373,8 +372,8 @@ class Block(nn.Module):
             self.alpha = nn.Parameter(torch.ones(()))
             self.beta = nn.Parameter(torch.ones(()))
 
-    def forward(self, x, return_entropy=False, block_mask=None, cache=None):
-        y, entropy = self.attn(self.ln_1(x), return_entropy, block_mask, cache)
+    def forward(self, x, return_entropy=False, cache=None):
+        y, entropy = self.attn(self.ln_1(x), return_entropy, cache)
         x = x + y
         y = self.ffn(self.ln_2(x))
         return (self.beta * x + y / self.alpha if hasattr(self, "alpha") else x + y), entropy
@@ -410,11 +409,9 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit into "
                              f"block_size={self.config.block_size}")
         x = self.wte(idx) + self.wpe.weight[past:past + T]  # (B, T, d)
-        entropies, block_mask = [], None
-        if return_entropy and idx.is_cuda and torch.compiler.is_compiling():
-            block_mask = causal_block_mask(T, idx.device)  # a fused call pays where it is compiled
+        entropies = []
         for block, kept in zip(self.blocks, cache or [None] * len(self.blocks)):
-            x, entropy = block(x, return_entropy, block_mask, kept)
+            x, entropy = block(x, return_entropy, kept)
             entropies.append(entropy)  # (B, H, T)
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
         loss = None

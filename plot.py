@@ -193,7 +193,7 @@ def weights_of(model):
     """A function of x (B, T): the attention weights of a GPT's layers, L of (B, H, T, T)."""
     seen = []
 
-    def watched(q, k, v, block_mask):
+    def watched(q, k, v):
         """attention_with_entropy(), which leaves the weights."""
         seen.append(causal_attention(q, k))  # (B, H, T, T)
         return seen[-1] @ v, attention_entropy(seen[-1])

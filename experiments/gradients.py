@@ -54,7 +54,7 @@ def by_layer(model, x, y):
     """
     streams, logits = [], []
 
-    def watched(q, k, v, block_mask):
+    def watched(q, k, v):
         logits.append(largest_logit(q.detach(), k.detach()))
         return attention_with_entropy(q, k, v)
 

@@ -33,10 +33,10 @@ def row_variance(q, k):
     return (C * (s - mean).square()).sum(-1)       # (B, H, T)
 
 
-def attention_with_variance(q, k, v, block_mask=None):
+def attention_with_variance(q, k, v):
     """Attention.with_entropy() that gives a row's variance for its entropy, but in evaluations."""
     if not torch.is_grad_enabled():
-        return entropy.attention_with_entropy(q, k, v, block_mask)
+        return entropy.attention_with_entropy(q, k, v)
     q, k, v = q.float(), k.float(), v.float()
     return F.scaled_dot_product_attention(q, k, v, is_causal=True), row_variance(q, k)
 

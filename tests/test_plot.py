@@ -206,7 +206,7 @@ def test_any_text_by_a_checkpoint_and_by_gpt2_beside_it(trained, tmp_path):
         x = torch.tensor(ids[:len(ids) // 32 * 32]).view(-1, 32)
         weights = []
 
-        def textbook(q, k, v, block_mask):
+        def textbook(q, k, v):
             future = torch.ones(32, 32, dtype=torch.bool).triu(1)
             s = (q @ k.mT / q.shape[-1]**0.5).masked_fill(future, float("-inf"))
             weights.append(s.softmax(-1))
