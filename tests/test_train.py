@@ -328,6 +328,7 @@ MISTAKES = [
     (["--n_layer=1000", "--n_embd=65536"], 2, "n_embd=65536 and batch_size=8 take 824,"),
     (["--batch_size=1048576", "--vocab_size=16777216"], 2, "GB at least, and cpu has"),
     (["--sample_tokens=5", "--sample_prompt="], 2, "sample_prompt is empty"),
+    (["--fsdp=yes"], 2, "fsdp=yes shards the model among several processes: start them by "),
     (["--init_from=nowhere.pt"], 1, "init_from=nowhere.pt: no checkpoint at nowhere.pt"),
     (["--init_from=resume"], 1, "no checkpoint at"),
     (["--dataset=nowhere"], 1, "--name=nowhere --train_source=FOLDER --data_dir="),
