@@ -470,3 +470,12 @@ def test_a_line_tells_that_it_goes_on_where_nothing_was_said_for_long(tmp_path, 
     quiet.still("after eleven seconds")
     quiet.still("and again")
     assert capsys.readouterr().out == "after eleven seconds\n"
+
+
+def test_a_terminal_writes_over_that_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    quiet = Run(str(tmp_path))
+    quiet.said -= 2
+    quiet.still("after two seconds")
+    quiet.say("the next line of a log")
+    assert capsys.readouterr().out == "after two seconds\rthe next line of a log\n"
