@@ -55,13 +55,14 @@ def test_two_processes_train_what_one_does(arch, within, data_dir, tmp_path):
     leave.write_text(LEAVE.replace("FOLDER", str(tmp_path)))
     args = [f"config/{arch}.py", *ARGS, f"--data_dir={data_dir}", "--max_iters=20"]
     run("train.py", *args, f"--out_dir={tmp_path / 'one'}")
-    for flag in ("--fsdp=no", FSDP):
-        out = two(leave, *args, flag, f"--out_dir={tmp_path / flag}")
+    for flag, *more in (["--fsdp=no"], [FSDP, "--sample_tokens=3", "--plot=True"]):
+        out = two(leave, *args, flag, *more, f"--out_dir={tmp_path / flag}")
         assert out.count("step     20/20") == 1 and "2 processes" in out  # one of them speaks
         first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
         saved = weights(tmp_path / flag)
         assert saved.keys() == first.keys()
         if flag == FSDP:
+            assert out.count("--- a sample\ndef") == 1 and "entropy.png" in out
             shards = {name for name in saved if first[name].shape != saved[name].shape}
             assert shards == {name for name, whole in saved.items()
                               if whole.dim() and not name.endswith(("._u", "._v"))}
