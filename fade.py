@@ -12,15 +12,17 @@ sigma, and at the end of its turn by one number, the geometric mean of sigma ove
 map, which folds into the next matrix. (There each goes at a stroke, the one before V after the one
 before Q and K.) An activation becomes, unit by unit, the straight line that fits it best. The final
 LayerNorm stays. What is left is a checkpoint for train.py --init_from, where --fuse_ffn=True makes
-one matrix of an FFN without activation.
+one matrix of an FFN without activation. Ctrl-C keeps how far it came beside --out, and the same
+command goes on from there.
 """
-from configurator import configure, die, end_on_signals, one_of, within
+from configurator import configure, die, end_on_signals, on_signals, one_of, setting_names, within
 
 if __name__ == "__main__":
     end_on_signals()  # before the heavy imports
 
 import math
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -52,6 +54,9 @@ seed = 1337  # of the data order
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto | float32 | bfloat16: type of the matrix products
 
+SETTINGS = setting_names(globals())
+HERE = {"data_dir", "device", "dtype"}  # may be others when a run goes on
+
 
 class FadingLayerNorm(nn.Module):
     """w (x - mean) / s + b, log s from log sigma of the row (left = 1) to a number (left = 0)."""
@@ -59,7 +64,8 @@ class FadingLayerNorm(nn.Module):
     def __init__(self, norm):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.left, self.log_s = 1.0, torch.zeros(())
+        self.left = 1.0
+        self.register_buffer("log_s", torch.zeros(()))
 
     def forward(self, x):
         x = x.float() - x.float().mean(-1, keepdim=True)                         # (B, T, d)
@@ -79,9 +85,11 @@ class FadingLayerNorm(nn.Module):
 class FadingActivation(nn.Module):
     """act(x) (left = 1) to slope x + offset (left = 0), in each unit the line of least squares."""
 
-    def __init__(self, act):
+    def __init__(self, act, units):
         super().__init__()
         self.act, self.left = act, 1.0
+        self.register_buffer("slope", torch.zeros(units))
+        self.register_buffer("offset", torch.zeros(units))
 
     def forward(self, x):
         y = self.act(x)
@@ -104,7 +112,7 @@ def fading_parts(model):
                 parts.append(getattr(block, name))
     for block in model.blocks:
         if activation and model.config.activation != "none":
-            block.ffn.act = FadingActivation(block.ffn.act)
+            block.ffn.act = FadingActivation(block.ffn.act, 4 * model.config.n_embd)
             parts.append(block.ffn.act)
     return parts
 
@@ -134,9 +142,8 @@ def folded(model):
         if activation and c.activation != "none":
             after(f"{place}.ffn.w_out", block.ffn.act.slope.diag(), block.ffn.act.offset)
     bare = GPT(replace(c, **flags)).to(model.wte.weight.device)
-    for name, p in bare.state_dict().items():
-        ours.setdefault(name, torch.zeros_like(p))  # biases that nothing has gone into
-    bare.load_state_dict(ours)
+    bare.load_state_dict({name: ours.get(name, torch.zeros_like(p))  # a bias that stays 0
+                          for name, p in bare.state_dict().items()})
     return bare.eval()
 
 
@@ -189,18 +196,46 @@ def main():
     try:
         model, (tokens, val, meta, spec, _), (place, kind, _, told) = opened()
         print(f"{init_from}: {model.config.name}; {told}")
-        bare = fade(model.to(place), tokens, val, meta["piece"], place, kind)
+        bare = fade(model, tokens, val, meta["piece"], place, kind)
         kept = dict(data_dir=data_dir, dataset=dataset, seed=seed)
         save_checkpoint(os.path.expanduser(out), bare, tokenizer=spec, settings=kept,
                         data_sha256=meta["sha256"])
+        if os.path.exists(stopped_at()):
+            os.remove(stopped_at())
     except (OSError, ValueError) as e:
         die(e)
     print(f"{out}: {bare.config.name}")
 
 
+def stopped_at():
+    """The file of a run that was stopped, beside the one that it will write."""
+    return os.path.expanduser(out) + ".stopped"
+
+
+def go_on(model, optimizer):
+    """
+    Model and optimizer as a run was stopped with, if one was. Returns the steps done. ValueError if
+    its settings were others, or if its file is damaged.
+    """
+    if not os.path.exists(stopped_at()):
+        return 0
+    try:
+        stopped = torch.load(stopped_at(), map_location="cpu", weights_only=True)
+        for key, was in stopped["settings"].items():
+            if key not in HERE and was != globals()[key]:
+                raise ValueError(f"it has {key}={was!r}")
+        model.load_state_dict(stopped["model"])
+        optimizer.load_state_dict(stopped["optimizer"])
+        return stopped["step"]
+    except Exception as e:  # torch raises whatever a damaged file makes it raise
+        raise ValueError(f"can't go on from {stopped_at()} ({type(e).__name__}: {e}): delete it to "
+                         "start anew") from e
+
+
 def fade(model, tokens, val, piece, place, kind):
     """Train and let the parts fade; returns folded(). ValueError if the loss is not finite."""
     T, parts = model.config.block_size, fading_parts(model)
+    model.to(place)
     steps = turn * (1 + (len(parts) if one_by_one else 1)) + settle
     autocast = nullcontext()
     if kind == torch.bfloat16:
@@ -221,9 +256,21 @@ def fade(model, tokens, val, piece, place, kind):
         model.train()
         return f"validation ce {total:.4f}  perplexity {math.exp(min(total, 700)):.2f}"
 
-    print(f"before: {evaluate(model)}; {len(parts)} parts, {steps} steps of "
-          f"{grad_accum * batch_size} x {T} tokens", flush=True)
-    for step in range(steps):
+    done = go_on(model, optimizer)
+    told = f"{len(parts)} parts, {steps} steps of {grad_accum * batch_size} x {T} tokens"
+    if done:
+        print(f"going on after step {done}: {told}", flush=True)
+    else:
+        print(f"before: {evaluate(model)}; {told}", flush=True)
+    signals = []
+
+    def stop(number, frame):
+        if signals:
+            sys.exit(128 + number)  # asked twice
+        signals.append(number)
+
+    on_signals(stop)
+    for step in range(done, steps):
         for i, part in enumerate(parts):
             part.left = left_at(step, i)
         for group in optimizer.param_groups:
@@ -245,6 +292,12 @@ def fade(model, tokens, val, piece, place, kind):
             gone = sum(part.left == 0 for part in parts)
             print(f"step {step + 1:>6}/{steps}  ce {ce:.4f}  {gone} of {len(parts)} gone",
                   flush=True)
+        if signals and step + 1 < steps:
+            settings = {key: globals()[key] for key in SETTINGS}
+            save_checkpoint(stopped_at(), model, optimizer=optimizer.state_dict(), step=step + 1,
+                            settings=settings)
+            print(f"stopped after step {step + 1}: the same command goes on from {stopped_at()}")
+            sys.exit(128 + signals[0])
     print(f"after: {evaluate(model)}")
     bare = folded(model)
     print(f"folded: {evaluate(bare)}")

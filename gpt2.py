@@ -10,6 +10,7 @@ model that gives other logits than the original's is worse than none.
 import json
 import math
 import os
+from glob import glob
 
 import torch
 
@@ -36,6 +37,9 @@ def read_gpt2(path):
     GPT can't be.
     """
     if os.path.isdir(path):
+        if not glob(os.path.join(path, "*.safetensors*")):
+            raise FileNotFoundError(f"the folder {path} has no model.safetensors: name one that "
+                                    "has, or a checkpoint, as out/ckpt.pt is")
         path = os.path.join(path, "model.safetensors")
     elif not path.endswith(".safetensors"):
         path = download(path)

@@ -109,6 +109,8 @@ def export(model, folder, tokenizer=None):
 def main():
     configure(globals())
     folder = os.path.expanduser(out)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        die(f"out must be a folder, and {out} is a file", 2)
     try:
         checkpoint = load_checkpoint(ckpt)
         told = export(GPT.from_checkpoint(checkpoint), folder, checkpoint.get("tokenizer"))

@@ -1,12 +1,10 @@
 """What the machine is and can do: device, type of the matrix products, torch.compile, memory."""
-import atexit
 import ctypes
 import math
 import os
 import shutil
 import subprocess
 import time
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,37 +21,6 @@ def choose_device(name="auto"):
     except Exception as e:  # torch raises AssertionError, RuntimeError or NotImplementedError
         raise ValueError(f"device {name!r} can't be used: {str(e).splitlines()[0]}") from e
     return name
-
-
-def join_processes(device):
-    """
-    (which process this is, of how many, its device). Under torchrun these are those that train
-    together, by NCCL on a GPU each or by gloo on CPUs; else 0, 1 and `device` as it is.
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1, device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(choose_device(device))
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the first one may prepare data
-    atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def wait_for_all():
-    """Go on when all processes that train together are here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def add_up(numbers):
-    """A tensor's sum over all processes that train together, in its place."""
-    if dist.is_initialized():
-        dist.all_reduce(numbers)
-    return numbers
 
 
 def matmul_seconds(dtype, rows, d):
@@ -125,16 +92,17 @@ def keep_memory():
     mallopt(-2, 2**28)  # M_TOP_PAD: grow by 256 MB at once
 
 
-def check_memory(config, batch_size, device):
+def check_memory(config, batch_size, device, shards=1):
     """
-    Raise ValueError if not even the weights with their gradients and AdamW's two moments, and the
-    logits of one batch, fit into the device's memory.
+    Raise ValueError if not even the weights with their gradients and AdamW's two moments, or one of
+    so many shards of these, and the logits of one batch fit into the device's memory.
     """
     c = config
     weights = c.n_layer * c.n_embd**2 * (5 if c.fuse_ffn else 12)  # Q, K, V, O and the FFN
     weights -= (c.n_layer - c.softmax_layers) * 2 * c.n_embd**2  # which have no Q and K
     weights += (c.vocab_size + c.block_size) * c.n_embd
-    least = 4 * 4 * weights + 4 * batch_size * c.block_size * c.vocab_size  # of 4 bytes each
+    logits = batch_size * c.block_size * c.vocab_size
+    least = 4 * (4 * weights / shards + logits)  # of 4 bytes each
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.device(device).type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

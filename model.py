@@ -522,11 +522,11 @@ class GPT(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-def save_checkpoint(path, model, **rest):
+def save_checkpoint(path, model, /, **rest):
     """
     Write model, its config and `rest` to path, so that an interruption leaves the old file or the
-    new one, never half of one. Raises OSError with the file and the cause if it can't be written;
-    the old file is then as it was.
+    new one, never half of one; `rest` may have the model's state dict, as `model`. Raises OSError
+    with the file and the cause if it can't be written; the old file is then as it was.
     """
     content = {"model": model.state_dict(), "model_config": asdict(model.config), **rest}
     try:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data.tokenizer import convert_tokenizer, encode_batch, load_tokenizer
+from distributed import load, shard_as
 from model import GPT, GPTConfig, load_checkpoint
 
 OWN = "entropy-guided-gpt"  # model_type in a config.json of GPTConfig's fields
@@ -130,14 +131,16 @@ def restore(checkpoint, model, optimizer, regularizer):
     done = checkpoint["step"]
     if type(done) is not int or not 0 <= done < 2**31:
         raise ValueError(f"step {done!r}")
-    model.load_state_dict(checkpoint["model"])
+    load(model, checkpoint["model"])
     if regularizer:
-        regularizer.load_state_dict(checkpoint["regularizer"])
+        load(regularizer, checkpoint["regularizer"])
     torch.set_rng_state(checkpoint["rng"])
     options = optimizer.state_dict()["param_groups"]  # the command line may have changed some
-    state = checkpoint["optimizer"]["state"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {key: shard_as(tensor, parameters[i]) for key, tensor in kept.items()}
+             for i, kept in checkpoint["optimizer"]["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": options})
-    for p in (p for group in optimizer.param_groups for p in group["params"] if done):
+    for p in parameters if done else []:
         kept = optimizer.state[p]
         shapes = kept["step"].shape, kept["exp_avg"].shape, kept["exp_avg_sq"].shape
         if shapes != ((), p.shape, p.shape):
@@ -176,11 +179,10 @@ def start_from(source, model, regularizer):
         if name.endswith((".weight", ".original", ".original1")) and ".ln_" not in f".{name}":
             raise ValueError(f"it has no {name}: flags can take a matrix away from a trained "
                              "model, or its nonlinearities, and can't add a matrix")
-    model.load_state_dict({name: theirs[name] for name in ours.keys() & theirs.keys()},
-                          strict=False)
+    load(model, {name: theirs[name] for name in ours.keys() & theirs.keys()}, strict=False)
     if regularizer and source.get("regularizer"):
         thresholds = source["regularizer"]["threshold"]  # of the last layers, those with softmax
-        regularizer.load_state_dict({"threshold": thresholds[-c.softmax_layers:]})
+        load(regularizer, {"threshold": thresholds[-c.softmax_layers:]})
     told = [f"{word} {parts(names)}" for word, names in (("without", left_out), ("new", new))
             if names]
     return "; ".join([f"{len(ours) - len(new)} tensors", *told])

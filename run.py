@@ -13,7 +13,7 @@ import torch
 from configurator import on_signals
 
 
-QUIET = 10  # seconds
+QUIET = 10  # seconds, on a terminal a tenth of it
 
 
 class Run:
@@ -83,21 +83,27 @@ class Run:
         shutil.copyfile(self.ckpt, self.best + ".tmp")
         os.replace(self.best + ".tmp", self.best)
 
-    def say(self, text, file=None):
+    def say(self, text, file=None, end="\n"):
         """Print a line. A terminal or a pipe that is gone is one more signal, and loses no work."""
         if self.rank:
             return
         file = file or sys.stdout
         self.said = time.monotonic()
         try:
-            print(text, file=file, flush=True)
+            print(text, file=file, end=end, flush=True)
         except OSError:
             self.signals.append(signal.SIGPIPE)
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
     def still(self, text):
-        """Print a line where QUIET seconds have passed without one, so that one sees it go on."""
-        if time.monotonic() - self.said > QUIET:
+        """
+        Print a line where QUIET seconds have passed without one, so that one sees it go on. On a
+        terminal it stands sooner, and the next line is written over it.
+        """
+        silent = time.monotonic() - self.said
+        if sys.stdout.isatty() and silent > QUIET / 10:
+            self.say(text, end="\r")
+        elif silent > QUIET:
             self.say(text)
 
     def what_is_left(self):

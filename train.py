@@ -6,7 +6,8 @@ Train a GPT of "Entropy-Guided Attention for Private LLMs" on CUDA, MPS or CPU.
     python train.py config/ereg_sm_t_scfuffn.py config/on_codeparrot.py --out_dir=out/ereg
     python train.py --init_from=resume                     # go on from out/ckpt.pt, as it was
     python train.py --init_from=gpt2 --use_gelu=False      # fine-tune GPT-2, less its GELU
-    torchrun --nproc_per_node=2 train.py --grad_accum=2    # 2 processes, 1 of the 2 passes each
+    torchrun --nproc_per_node=2 train.py --grad_accum=2    # 2 processes, 1 of the 2 passes each;
+                                                           # --fsdp=yes: half of the model each
 
 Config files apply in order, then flags. Writes ckpt.pt and log.jsonl to out_dir. Exit status: 0
 done, 1 an error named in one line, 2 a bad setting, 3 the loss diverged, 128 + n stopped after
@@ -30,12 +31,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import open_dataset
+from distributed import add_up, clip, gathered, join_processes, share_gradients, spread
+from distributed import wait_for_all
 from draw import draw
 from entropy import EntropyRegularizer, max_causal_entropy
-from machine import add_up, check_memory, choose_machine, join_processes, wait_for_all
+from machine import check_memory, choose_machine
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from plot import describe, diagnosis, learned, read_log
 from pretrained import check_tokenizer, read_pretrained, restore, start_from
@@ -84,10 +86,11 @@ seed = 1337  # of initialisation and data order
 device = "auto"  # auto | cpu | cuda | cuda:1 | mps
 dtype = "auto"  # auto | float32 | bfloat16 | float16, the loss scaled: of the matrix products
 compile = "auto"  # auto (on CUDA) | yes | no: torch.compile
+fsdp = "no"  # yes | no: each process of torchrun holds a shard of the model, and not all of it
 
 SETTINGS = setting_names(globals())
 MODEL_KEYS = [field.name for field in fields(GPTConfig)]
-HERE = {"out_dir", "init_from", "data_dir", "device", "compile", "log_to"}  # not resumed
+HERE = {"out_dir", "init_from", "data_dir", "device", "compile", "fsdp", "log_to"}  # not resumed
 FIXED = {*MODEL_KEYS, "dataset", "batch_size", "grad_accum", "seed", "entropy_reg"}  # by resuming
 MANY = 2**31 - 1
 
@@ -117,7 +120,7 @@ elif init_from != "scratch":
     globals().update({key: was[key] for key in was.keys() - given.keys()})
 one_of(globals(), repr, log_to=("", "tensorboard", "wandb"), reduction=("mean", "sum", "head"),
        lr_decay=("linear", "cosine"), dtype=("auto", "float32", "bfloat16", "float16"),
-       compile=("auto", "yes", "no"))
+       compile=("auto", "yes", "no"), fsdp=("yes", "no"))
 within(globals(), eval_interval=(1, MANY), eval_windows=(1, MANY), log_interval=(1, MANY),
        sample_tokens=(0, MANY), batch_size=(1, 2**20), grad_accum=(1, 2**20), max_iters=(0, MANY),
        lr_decay_iters=(0, MANY), learning_rate=(0, MANY), min_lr=(0, MANY), warmup=(0, 1),
@@ -134,6 +137,9 @@ if entropy_reg and config.softmax_layers == 0:
 if grad_accum % ranks:
     die(f"grad_accum={grad_accum} passes a step can't be shared out among {ranks} processes: "
         f"--grad_accum={ranks} or a multiple", 2)
+if fsdp == "yes" and ranks == 1:
+    die("fsdp=yes shards the model among several processes: start them by torchrun "
+        "--nproc_per_node=2 train.py --fsdp=yes --grad_accum=2", 2)
 
 # ---------------------------------------------------------------------------------------- data
 there = os.path.exists(os.path.join(data_dir, dataset, "meta.json"))
@@ -160,7 +166,7 @@ if largest >= vocab_size:
 if sample_tokens and not tokenizer.encode_ordinary(sample_prompt):
     die("sample_prompt is empty: give a word, or --sample_tokens=0", 2)
 try:
-    check_memory(config, batch_size, device)
+    check_memory(config, batch_size, device, ranks if fsdp == "yes" else 1)
 except ValueError as e:
     die(e, 2)
 
@@ -215,13 +221,15 @@ def unigram_perplexity():
 torch.manual_seed(seed)
 arch = f"EReg({config.name})" if entropy_reg else config.name
 settings = {key: globals()[key] for key in SETTINGS}
-model = GPT(config).to(device)
+model = GPT(config)
 origin = ""
-groups = model.param_groups(weight_decay)
 regularizer = None
 if entropy_reg:
     regularizer = EntropyRegularizer(config.softmax_layers, n_head, gamma, threshold_init,
                                      reduction).to(device)
+forward, regularize = spread(model, regularizer, device, compiled, fsdp == "yes")
+groups = model.param_groups(weight_decay)
+if entropy_reg:
     groups.append({"params": list(regularizer.parameters()), "weight_decay": 0.0})
 parameters = [p for group in groups for p in group["params"]]
 fused = not device.startswith("mps")
@@ -247,12 +255,6 @@ if trained:
     except Exception as e:  # as above
         die(f"can't start from {init_from}: {e}")
     trained = None
-forward, regularize = torch.compile(model) if compiled else model, regularizer
-parallel = []
-if ranks > 1:  # gradients are means over the processes
-    forward = DistributedDataParallel(forward)
-    regularize = regularizer and DistributedDataParallel(regularizer)
-    parallel = list(filter(None, (forward, regularize)))
 autocast = nullcontext()
 if matmul_dtype != torch.float32:
     autocast = torch.autocast(torch.device(device).type, matmul_dtype)
@@ -289,8 +291,7 @@ def gradients(step):
     """
     numbers = torch.zeros(3, device=device)
     for micro in range(rank, grad_accum, ranks):
-        for part in parallel:
-            part.require_backward_grad_sync = micro + ranks >= grad_accum
+        share_gradients((forward, regularize), micro + ranks >= grad_accum)
         loss, ce, term = training_loss(*training_batch(step * grad_accum + micro))
         scaler.scale(loss * ranks / grad_accum).backward()
         numbers[:2] += torch.stack((ce, term)) / grad_accum
@@ -303,13 +304,15 @@ def evaluate():
     """Mean cross-entropy (nats) and mean entropy per head (L, H) over the validation windows."""
     model.eval()
     ce, entropy = 0.0, torch.zeros(n_layer, n_head, device=device)
-    for i in range(rank * batch_size, n_val, ranks * batch_size):
-        x, y = get_batch(val_tokens, val_windows[i:i + batch_size])
+    for i in range(0, n_val, ranks * batch_size):
+        mine = val_windows[i:i + ranks * batch_size][rank::ranks]
+        # FSDP needs every process in every pass: one that has no window left takes the first again.
+        x, y = get_batch(val_tokens, mine if len(mine) else val_windows[:1])
         with autocast:
             _, loss, e = model(x, y, return_entropy=True)
-        ce += loss.item() * len(x) / n_val
+        ce += loss.item() * len(mine) / n_val
         run.still(f"evaluating, window {i} of {n_val}")
-        entropy += e.float().mean(-1).sum(1) / n_val
+        entropy += e.float().mean((1, 3)) * len(mine) / n_val
         if run.signals and ranks == 1:
             stop()
     model.train()
@@ -319,12 +322,12 @@ def evaluate():
 
 def save():
     """Write ckpt.pt, whole or not at all."""
+    state = gathered(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                          regularizer=regularizer.state_dict() if regularizer else {}))
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)  # it may have been moved away since the start
-        save_checkpoint(run.ckpt, model, optimizer=optimizer.state_dict(), step=step,
-                        regularizer=regularizer.state_dict() if regularizer else {},
-                        settings=settings, rng=torch.get_rng_state(), data_sha256=meta["sha256"],
-                        tokenizer=spec)
+        save_checkpoint(run.ckpt, model, **state, step=step, settings=settings,
+                        rng=torch.get_rng_state(), data_sha256=meta["sha256"], tokenizer=spec)
     wait_for_all()
 
 
@@ -422,7 +425,7 @@ while True:
         group["lr"] = lr_at(step)
     ce, term, stopping = gradients(step)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    norm = clip(parameters, grad_clip or math.inf)
     # This is the one look a step for which the host waits for a GPU.
     if not norm.isfinite() and scaler.get_scale() <= 1:
         what = "gradient" if (ce + term).isfinite() else "loss"
@@ -448,8 +451,6 @@ while True:
         stop()
 
 # ------------------------------------------------------------------------------------- the result
-if rank:
-    sys.exit()
 rate = (step - first_step) * tokens_per_step / seconds if seconds else 0.0
 run.say(f"{arch}: validation perplexity {readable} (unigram {unigram:.1f}) after "
         f"{step * tokens_per_step:,} tokens; {rate:,.0f} tok/s, {time.time() - started:.0f} s; "
@@ -459,13 +460,15 @@ if sample_tokens:
     generator = torch.Generator(device).manual_seed(seed)
     text = sample(model.eval(), tokenizer, sample_prompt, sample_tokens, 0.8, 50, generator)
     run.say(f"--- a sample\n{text}\n---")
+if rank:
+    sys.exit()
 run.log("done", step, val_ce=val_ce, val_ppl=val_ppl, unigram_ppl=unigram, tokens_per_s=rate,
         entropy_by_layer=layers, sample=text, **provenance())
 if plot:
     try:
-        threshold = regularizer and regularizer.threshold
+        kept = load_checkpoint(run.ckpt)  # whole, also where this process has a shard
         seen = describe(arch, block_size, head_entropy, read_log(run.path))
-        seen |= learned(model, threshold)
+        seen |= learned(GPT.from_checkpoint(kept), kept["regularizer"].get("threshold"))
         run.say("\n".join(diagnosis(seen)))
         draw([seen], run.picture)
         run.say(run.picture)

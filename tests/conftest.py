@@ -17,10 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+# No test waits for a network
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9"}
+
+
 def run(script, *args, status=0, timeout=240):
     """The stdout and stderr of `python script args` from the repository, which must end so."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # no test waits for a network
-    env = os.environ | offline | {"PYTHONUNBUFFERED": "1"}
+    env = os.environ | OFFLINE | {"PYTHONUNBUFFERED": "1"}
     done = subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, env=env, text=True,
                           timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == status, f"exit {done.returncode}, wanted {status}:\n{done.stdout}"
@@ -51,7 +54,7 @@ def refusals(script, tries):
     """
     tries = [[script, *map(str, arguments)] for arguments in tries]
     done = subprocess.run([sys.executable, "-c", REFUSALS, script, json.dumps(tries)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=240)
+                          env=os.environ | OFFLINE, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -9,7 +9,7 @@ from test_train import of_kind
 
 import fade
 from fade import fading_parts, folded, left_at
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 SMALL = dict(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 FUSED = dict(use_gelu=False, fuse_ffn=True, learnable_ffn_scale=True)
@@ -60,12 +60,29 @@ def test_one_fades_after_the_other(monkeypatch):
     assert left_at(4, 1) == 0.75
 
 
+# A config file, by which the process sends itself Ctrl-C in its eighth step
+STOP = """
+import os as _os, sys as _sys
+_main = _sys.modules["__main__"]
+def _lr_at(step, steps, os=_os, lr_at=_main.lr_at, when=[7]):
+    if step in when:
+        when.clear()  # it is asked once for each group of parameters
+        os.kill(os.getpid(), 2)
+    return lr_at(step, steps)
+_main.lr_at = _lr_at
+"""
+
+
 def test_gpt2_goes_to_softmax_alone_and_trains_on(data_dir, tmp_path):
-    """A small file in GPT-2's layout, by one command; what is left is a checkpoint to fuse."""
+    """
+    A small file in GPT-2's layout, by one command; what is left is a checkpoint to fuse. Stopped
+    and gone on with, it is the same.
+    """
     gpt2_file(tmp_path, V=512, T=64)
     data = ["--dataset=mine", f"--data_dir={data_dir}", "--eval_windows=16", "--dtype=float32"]
-    out = run("fade.py", *data, f"--init_from={tmp_path}", f"--out={tmp_path}/faded.pt",
-              "--activation=True", "--block_size=32", "--turn=3", "--settle=3", "--batch_size=4")
+    args = [*data, f"--init_from={tmp_path}", "--activation=True", "--block_size=32", "--turn=3",
+            "--settle=3", "--batch_size=4", "--device=cpu"]
+    out = run("fade.py", *args, f"--out={tmp_path}/faded.pt")
     gone = [int(n) for n in re.findall(r"(\d+) of \d+ gone", out)]
     assert gone == [0, *range(1, gone[-1] + 1), gone[-1]] and f"{gone[-1]} parts" in out
     after, bare = re.findall(r"(?:after|folded): validation ce (\S+)", out)
@@ -74,6 +91,28 @@ def test_gpt2_goes_to_softmax_alone_and_trains_on(data_dir, tmp_path):
         "--fuse_ffn=True", "--max_iters=1", "--sample_tokens=0", "--plot=False", "--device=cpu")
     first = of_kind("eval", tmp_path / "out")[0]
     assert first["val_ce"] == pytest.approx(float(bare), abs=1e-3)
+    (tmp_path / "stop.py").write_text(STOP)
+    args = [*args, f"--out={tmp_path}/again.pt"]
+    assert "stopped after step 8: " in run("fade.py", tmp_path / "stop.py", *args, status=130)
+    assert (tmp_path / "again.pt.stopped").exists() and not (tmp_path / "again.pt").exists()
+    again = run("fade.py", *args)
+    assert "going on after step 8: " in again and not (tmp_path / "again.pt.stopped").exists()
+    straight, other = (load_checkpoint(f"{tmp_path}/{name}.pt") for name in ("faded", "again"))
+    assert all(torch.equal(straight["model"][name], other["model"][name])
+               for name in straight["model"])
+
+
+def test_what_a_stopped_run_left_may_not_fit(tmp_path, monkeypatch):
+    model, _ = build()
+    optimizer = torch.optim.AdamW(model.param_groups(0.1))
+    monkeypatch.setattr(fade, "out", f"{tmp_path}/a.pt")
+    assert fade.go_on(model, optimizer) == 0
+    torch.save({"settings": {"turn": 7}}, tmp_path / "a.pt.stopped")
+    with pytest.raises(ValueError, match=r"a.pt.stopped \(ValueError: it has turn=7\): delete it"):
+        fade.go_on(model, optimizer)
+    (tmp_path / "a.pt.stopped").write_bytes(b"half")
+    with pytest.raises(ValueError, match="delete it to start anew"):
+        fade.go_on(model, optimizer)
 
 
 def test_one_line_says_what_is_wrong(data_dir, tmp_path):

@@ -143,6 +143,8 @@ def test_an_output_matrix_that_is_the_embedding_is_taken(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors: name one that has, or"):
+        GPT.from_gpt2(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="does not hold a GPT-2"):
         GPT.from_gpt2(str(tmp_path))

@@ -106,9 +106,13 @@ def test_the_tokenizer_gives_the_same_tokens(data_dir, source, tmp_path):
     assert theirs(texts)["input_ids"] == wanted and theirs.eos_token_id == 511
 
 
-def test_no_checkpoint_is_one_line():
-    [(code, err)] = refusals("hf_export.py", [["--ckpt=nowhere.pt"]])
-    assert code == 1 and err.startswith("error: no checkpoint at nowhere.pt") and err[-1:] == "\n"
+def test_one_line_says_what_is_wrong(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    mistakes = [(["--ckpt=nowhere.pt"], 1, "error: no checkpoint at nowhere.pt"),
+                ([f"--out={tmp_path}/file"], 2, "error: out must be a folder, and ")]
+    told = refusals("hf_export.py", [args for args, _, _ in mistakes])
+    for (_, status, line), (code, err) in zip(mistakes, told):
+        assert code == status and err.startswith(line) and err.count("\n") == 1, err
 
 
 def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path):

@@ -211,22 +211,28 @@ def test_a_gzipped_csv_is_a_table(tmp_path):
     assert texts_of(tmp_path / "mine") == sorted(table.splitlines()[1:])
 
 
-@pytest.mark.parametrize("file, content, line", [
+BROKEN = [
     ("b.jsonl", b'{"text": "whole"}\n{"text": "ha', "b.jsonl as json: ArrowInvalid: JSON parse"),
     ("b.parquet", b"not a parquet file", "b.parquet as parquet: "),
     ("b.csv.gz", gzip.compress(b"text\n" + os.urandom(500).hex().encode())[:-300], "b.csv.gz as c"),
     ("b.jsonl", b"", "b.jsonl is empty"),
-    ("b.txt.gz", gzip.compress(b"text")[:-3], "b.txt.gz is no whole gzip file")])
-def test_a_broken_file_is_named_with_its_fault(file, content, line, tmp_path):
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / file).write_bytes(content)
-    out = own(tmp_path, tmp_path / "t", status=1).splitlines()[-1]
-    assert out.startswith("error: ") and line in out
-    assert "hub" not in out
+    ("b.txt.gz", gzip.compress(b"text")[:-3], "b.txt.gz is no whole gzip file")]
+
+
+def test_a_broken_file_is_named_with_its_fault(tmp_path):
+    tries = []
+    for i, (file, content, _) in enumerate(BROKEN):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / file).write_bytes(content)
+        tries.append([f"--data_dir={tmp_path}", f"--train_source={tmp_path}/{i}", "--name=mine"])
+    for (_, _, line), (status, err) in zip(BROKEN, refusals("data/prepare.py", tries)):
+        last = err.splitlines()[-1]
+        assert status == 1 and last.startswith("error: ") and line in last
+        assert "hub" not in last
 
 
 # ---------------------------------------------------------------------------------- refusals
-@pytest.mark.parametrize("args, line", [
+MISSING = [
     (["--corpus=codeparrot"], "cannot load huggingface-course/codeparrot-ds-train"),
     (["--corpus=languini"], "pass its folder: --train_source=FOLDER"),
     (["--corpus=languini", "--train_source={}"], "pass its folder: --tokenizer_source=FOLDER"),
@@ -234,11 +240,15 @@ def test_a_broken_file_is_named_with_its_fault(file, content, line, tmp_path):
     (["--train_source={}", "--name=x", "--tokenizer=gpt2"], "not download its encoding 'gpt2'"),
     (["--train_source={}", "--name=x", "--tokenizer=no/tokenizer"],
      "no file no/tokenizer, and the hub did not give"),
-])
-def test_one_line_says_what_is_missing(args, line, source, tmp_path):
-    args = [argument.format(source) for argument in args]
-    last = run("data/prepare.py", f"--data_dir={tmp_path}", *args, status=1).splitlines()[-1]
-    assert last.startswith("error: ") and line in last
+]
+
+
+def test_one_line_says_what_is_missing(source, tmp_path):
+    tries = [[f"--data_dir={tmp_path}", *(argument.format(source) for argument in args)]
+             for args, _ in MISSING]
+    for (_, line), (status, err) in zip(MISSING, refusals("data/prepare.py", tries)):
+        last = err.splitlines()[-1]
+        assert status == 1 and last.startswith("error: ") and line in last
     assert not list(tmp_path.iterdir())
 
 

@@ -150,15 +150,14 @@ def test_resume_is_bit_for_bit(arch, data_dir, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 20
 
 
-def test_an_earlier_run_is_moved_aside(data_dir, tmp_path):
-    args = [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}"]
-    run("train.py", *args, "--max_iters=2")
-    first = (tmp_path / "ckpt.pt").read_bytes()
+def test_an_earlier_run_is_moved_aside(out_dir, data_dir):
+    args = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}"]
+    first = (out_dir / "ckpt.pt").read_bytes()
     assert "moved to" in run("train.py", *args, "--max_iters=3")
-    second = (tmp_path / "ckpt.pt").read_bytes()
+    second = (out_dir / "ckpt.pt").read_bytes()
     run("train.py", *args, "--max_iters=1")
-    assert (tmp_path / "ckpt.pt.old1").read_bytes() == first
-    assert (tmp_path / "ckpt.pt.old2").read_bytes() == second
+    assert (out_dir / "ckpt.pt.old1").read_bytes() == first
+    assert (out_dir / "ckpt.pt.old2").read_bytes() == second
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(data_dir, tmp_path):
@@ -216,16 +215,20 @@ def test_pieces_are_trained_without_looking_over_their_edge(data_dir, source, tm
 
 
 # ------------------------------------------------------------------------------------ how it ends
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_the_run_goes_on(which, data_dir, tmp_path):
-    process = start(tmp_path, data_dir, *EREG)
-    wait_for(process, " 7/")
-    process.send_signal(which)
-    _, err = rest_of(process)
-    assert process.returncode == 128 + which
-    assert "go on with --init_from=resume" in err and "Traceback" not in err
-    step = content(tmp_path)["step"]
-    assert step >= 7 and f"saved step {step}" in err
+def test_a_signal_saves_and_the_run_goes_on(data_dir, tmp_path):
+    """Stopped by one signal after the other, and gone on with each time."""
+    args, step = EREG, 0
+    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process = start(tmp_path, data_dir, *args)
+        wait_for(process, f" {step + 7}/")
+        process.send_signal(which)
+        _, err = rest_of(process)
+        assert process.returncode == 128 + which
+        assert "go on with --init_from=resume" in err and "Traceback" not in err
+        assert content(tmp_path)["step"] >= step + 7
+        step = content(tmp_path)["step"]
+        assert f"saved step {step}" in err
+        args = ["--device=cpu", "--init_from=resume"]
     resume(tmp_path, data_dir, f"--max_iters={step + 3}")
     assert [r["step"] for r in of_kind("step", tmp_path)] == list(range(1, step + 4))
 
@@ -328,6 +331,7 @@ MISTAKES = [
     (["--n_layer=1000", "--n_embd=65536"], 2, "n_embd=65536 and batch_size=8 take 824,"),
     (["--batch_size=1048576", "--vocab_size=16777216"], 2, "GB at least, and cpu has"),
     (["--sample_tokens=5", "--sample_prompt="], 2, "sample_prompt is empty"),
+    (["--fsdp=yes"], 2, "fsdp=yes shards the model among several processes: start them by "),
     (["--init_from=nowhere.pt"], 1, "init_from=nowhere.pt: no checkpoint at nowhere.pt"),
     (["--init_from=resume"], 1, "no checkpoint at"),
     (["--dataset=nowhere"], 1, "--name=nowhere --train_source=FOLDER --data_dir="),
@@ -396,21 +400,22 @@ def test_a_log_that_cannot_be_written_is_one_line(data_dir, tmp_path):
 
 
 def test_damaged_data_are_named(out_dir, data_dir, tmp_path):
-    mine = shutil.copytree(data_dir / "mine", tmp_path / "mine")
-    meta = json.loads((mine / "meta.json").read_text())
-    train = (mine / "train.bin").read_bytes()
-    (mine / "train.bin").write_bytes(train[2:] + train[:2])  # as long as before
-    assert "not as it was prepared" in resume(out_dir, tmp_path, status=1)
-    sha256 = hash_bins(map_bins(mine))
-    (mine / "meta.json").write_text(json.dumps(meta | {"sha256": sha256}))
-    assert "was trained on other data" in resume(out_dir, tmp_path, status=1)
-    (mine / "train.bin").write_bytes(train)
-    (mine / "meta.json").write_text("{}")
-    assert "is damaged" in resume(out_dir, tmp_path, status=1)
-    (mine / "meta.json").write_text(json.dumps(meta))
-    with open(mine / "train.bin", "r+b") as f:
+    """Tokens moved on, and their hash corrected; a meta.json with nothing in it; half a file."""
+    told = ["not as it was prepared", "was trained on other data", "is damaged", "is damaged"]
+    folders = [shutil.copytree(data_dir / "mine", tmp_path / f"{i}" / "mine") for i in range(4)]
+    moved, hashed, empty, half = folders
+    for mine in (moved, hashed):
+        train = (mine / "train.bin").read_bytes()
+        (mine / "train.bin").write_bytes(train[2:] + train[:2])  # as long as before
+    meta = json.loads((hashed / "meta.json").read_text()) | {"sha256": hash_bins(map_bins(hashed))}
+    (hashed / "meta.json").write_text(json.dumps(meta))
+    (empty / "meta.json").write_text("{}")
+    with open(half / "train.bin", "r+b") as f:
         f.truncate(1000)
-    assert "is damaged" in resume(out_dir, tmp_path, status=1)
+    tries = [["--device=cpu", f"--out_dir={out_dir}", f"--data_dir={mine.parent}",
+              "--init_from=resume"] for mine in folders]
+    for line, (code, err) in zip(told, refusals("train.py", tries)):
+        assert code == 1 and err.count("\n") == 1 and line in err, err
 
 
 # What a checkpoint may be damaged into, or made into by someone hostile: {key: value}, the line
@@ -469,3 +474,12 @@ def test_a_line_tells_that_it_goes_on_where_nothing_was_said_for_long(tmp_path, 
     quiet.still("after eleven seconds")
     quiet.still("and again")
     assert capsys.readouterr().out == "after eleven seconds\n"
+
+
+def test_a_terminal_writes_over_that_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    quiet = Run(str(tmp_path))
+    quiet.said -= 2
+    quiet.still("after two seconds")
+    quiet.say("the next line of a log")
+    assert capsys.readouterr().out == "after two seconds\rthe next line of a log\n"
