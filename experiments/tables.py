@@ -29,6 +29,8 @@ TRIED = {LN_G: (1e-3, 3e-3, 6e-3), LN_R: (1e-3, 3e-3, 6e-3), LN: (1e-3, 3e-3, 6e
          SM_G: (5e-4, 1e-3, 2e-3, 3e-3), SM_R: (1e-3, 2e-3, 3e-3), SM: (5e-4, 1e-3, 2e-3, 3e-3),
          SCF: (1e-3, 2e-3), SC: (1e-3, 2e-3, 3e-3), T: (5e-4, 1e-3, 2e-3, 3e-3),
          EREG: (1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 9e-3)}
+# What whole runs, whose warmup is longer than the short ones', may bear as well:
+HIGHER = {LN_G: 6e-3, LN_R: 6e-3, SM_G: 2e-3, SM_R: 4e-3, SM: 2e-3, SCF: 4e-3, SC: 4e-3, T: 4e-3}
 SIGMA = {"sigma_reparam": "qkvo+ffn"}
 TUNED_SIGMA = 9e-3
 TRIED_SIGMA = (2e-3, 3e-3, 6e-3, 9e-3, 12e-3)
@@ -212,6 +214,8 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
                       each({key: TUNED[key] for key in NAMES if key != TH})),
     "no_final_layernorm": ("The same without the final LayerNorm", WITH_SHARES,
                            each(TUNED_NO_LN_F, **NO_LN_F)),
+    "higher_rates": ("Whole runs at higher rates than the short ones chose", WITH_SHARES,
+                     each(HIGHER)),
     "one_rate": ("Those that bear a higher rate, at 0.001 like the paper's", WITH_SHARES,
                  each(dict.fromkeys((LN_G, LN_R, LN, SC, T, EREG), 1e-3))),
     "tuning": ("The learning rate of each, on a seed that no other table reports, in runs of 2.9M "

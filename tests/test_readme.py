@@ -10,9 +10,9 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def section(title):
-    """The text of README under a heading."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(title, text=README):
+    """The text of a page under a heading."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def paragraphs(text):
@@ -100,19 +100,51 @@ def test_paragraphs_are_short(page):
         assert len(paragraph.split()) <= most or "Made by `python" in paragraph, paragraph
 
 
-@pytest.mark.parametrize("text", [section("Results"), (ROOT / "docs/training.md").read_text()],
-                         ids=["README", "training"])
-def test_perplexities_are_those_of_the_json(text):
-    rows = json.loads((ROOT / "results" / "reproduction.json").read_text())["architectures"]
-    runs = {row["label"]: [run["val_ppl"] for run in row["runs"]] for row in rows if row["runs"]}
-    told = [line.strip("| ").split(" | ") for line in text.splitlines() if "%" in line]
-    told = {label: cells for label, *cells in told if label in runs and len(cells) > 1}
-    assert len(told) >= 6
-    for label, cells in told.items():
+def results(table):
+    """Rows of a table of results/reproduction.json that have runs."""
+    rows = json.loads((ROOT / "results" / "reproduction.json").read_text())[table]
+    return [row for row in rows if row["runs"]]
+
+
+def cells_by_label(text):
+    """{first cell: the others} of Markdown tables."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {label: cells for label, *cells in rows}
+
+
+def test_perplexities_are_those_of_the_json():
+    page = (ROOT / "docs/training.md").read_text()
+    told = cells_by_label(section("At ten tokens a parameter", page).split("\n### ")[0])
+    rows = results("architectures")
+    runs = {row["label"]: [run["val_ppl"] for run in row["runs"]] for row in rows}
+    assert set(runs) <= set(told)
+    for label in runs:
+        cells = told[label]
         mean = f"{sum(runs[label]) / len(runs[label]):.1f}"
         seeds = f" ({len(runs[label])} seeds)" if len(runs[label]) > 1 else ""
         assert mean + seeds in cells[:2], label
-        assert f"{100 * (runs[label][0] / runs['SM+LN+G'][0] - 1):+.1f}%" in cells[:3], label
+        over = 100 * (runs[label][0] / runs["SM+LN+G"][0] - 1)
+        assert over == 0 or f"{over:+.1f}%" in cells[:3], label
+
+
+def outcome(runs):
+    """Perplexities by seed, and how many diverged, as the tables tell them."""
+    done = ", ".join(f"{run['val_ppl']:.1f}" for run in runs if run["event"] == "done")
+    diverged = sum(run["event"] == "diverged" for run in runs)
+    parts = [done, f"{diverged} of {len(runs)} diverged"]
+    return "; ".join(part for part in parts if part and not part.startswith("0 "))
+
+
+@pytest.mark.parametrize("page, title", [("README.md", "Results"),
+                                         ("docs/training.md", "At the paper's width and depth")])
+def test_outcomes_at_the_papers_size_are_those_of_the_json(page, title):
+    told = cells_by_label(section(title, (ROOT / page).read_text()))
+    checked = 0
+    for row in results("paper_size"):
+        if row["label"] in told and row["flags"]["learning_rate"] == 1e-3:
+            assert told[row["label"]][0] == outcome(row["runs"]), row["label"]
+            checked += 1
+    assert checked >= 8
 
 
 def test_private_costs_are_those_of_the_json():
