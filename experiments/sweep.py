@@ -26,8 +26,8 @@ from tables import SEEDS, TUNING_SEED
 def finish(cell, make, study, deadline):
     """
     Train a cell and study it, in a process of its own: a row of the results, or None where it is
-    too late to start. study(cell, model) measures a trained model, on the CPU, as a dict
-    with a "score", the higher the better.
+    too late to start. study(cell, model) measures a trained model as a dict with a "score", the
+    higher the better.
     """
     if time.time() > deadline:
         return None
@@ -87,20 +87,25 @@ class Results:
 
 # ------------------------------------------------------------------------------------- many cells
 def run(cells, results, make, study, jobs, deadline):
-    """Train the cells that `results` lacks, so many side by side. Dies with a line if one fails."""
+    """
+    Train the cells that `results` lacks, so many side by side. Dies with a line where one failed,
+    after all the others.
+    """
     todo = [cell for cell in cells if not results.of(cell)]
+    failed = None
     # Forked workers share the imports; no CUDA call may come before.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), start_worker) as pool:
         futures = [pool.submit(finish, cell, make, study, deadline) for cell in todo]
-        try:
-            for future in as_completed(futures):
+        for future in as_completed(futures):
+            try:
                 told = future.result()
                 if told:
                     results.add(told)
                     print(line(told), flush=True)
-        except Exception as e:  # a worker raises whatever torch or the disk makes it raise
-            pool.shutdown(cancel_futures=True)
-            die(f"a cell failed ({type(e).__name__}: {e})")
+            except Exception as e:  # a worker raises whatever torch or the disk makes it raise
+                failed = e
+    if failed:
+        die(f"a cell failed ({type(failed).__name__}: {failed})")
 
 
 def line(told):

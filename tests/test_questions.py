@@ -3,6 +3,7 @@ import json
 import math
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -129,8 +130,39 @@ def test_fine_tuning_starts_from_the_seeds_checkpoint(tmp_path, monkeypatch):
                    for flag in transfer.command(transfer.cell(r, "scratch", 1, 1)))
 
 
+def test_a_checkpoint_of_half_a_run_is_none_to_start_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer.reproduce, "out_dir", str(tmp_path))
+    monkeypatch.setattr(transfer, "pretrain", False)
+    monkeypatch.setattr(transfer, "seeds", 1)
+    r = row("SM+LN+G", LN_G, 3e-3)
+    folder = transfer.reproduce.folder(r["config"], r["flags"], SEEDS[0])
+    folder.mkdir()
+    (folder / "ckpt.pt").touch()
+    for event, rows in (("eval", []), ("done", [r])):
+        (folder / "log.jsonl").write_text(json.dumps({"event": event, "step": 330}) + "\n")
+        assert transfer.checkpoints([r]) == rows
+
+
+def test_a_cell_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
+    def finish(cell, *rest):
+        if cell["seed"] == 1:
+            raise RuntimeError("CUDA out of memory")
+        return {"cell": cell, "event": "done", "score": 1.0, "seconds": 1.0,
+                "history": [[4, 0.0, 1.0]]}
+
+    monkeypatch.setattr(sweep, "finish", finish)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, *rest: ThreadPoolExecutor(jobs))
+    results = sweep.Results(tmp_path / "r.json", {})
+    cells_of_all = [sweep.at_rate(CELL, 1e-3, seed) for seed in (1, 2, 3)]
+    with pytest.raises(SystemExit):
+        sweep.run(cells_of_all, results, None, None, 1, math.inf)
+    assert capsys.readouterr().err == "error: a cell failed (RuntimeError: CUDA out of memory)\n"
+    kept = sweep.Results(tmp_path / "r.json", {})
+    assert [bool(kept.of(cell)) for cell in cells_of_all] == [False, True, True]
+
+
 @pytest.mark.parametrize("script, setting", [
-    ("recall", "--sizes=2x33x64"), ("recall", "--rates=fast"), ("recall", "--archs=SM+LN"),
+    ("recall", "--sizes=2x33x64"), ("recall", "--sizes=2x32x0"), ("recall", "--rates=fast"), ("recall", "--archs=SM+LN"),
     ("recall", "--seeds=4"), ("arithmetic", "--tasks=div2"), ("arithmetic", "--rates=0"),
     ("transfer", "--factors=-1"), ("transfer", "--dataset=none")])
 def test_a_bad_setting_is_one_line(script, setting, tmp_path, monkeypatch, capsys):
