@@ -73,7 +73,8 @@ class Results:
                 rows = json.loads(path.read_text())["rows"]
                 self.rows = {identity(r["cell"]): r for r in rows}
         except (OSError, ValueError, KeyError, TypeError) as e:
-            die(f"can't go on from {path} ({type(e).__name__}): move it away")
+            die(f"can't go on from {path} ({type(e).__name__}: {e}): move it away, or name another "
+                "folder by --into")
 
     def of(self, cell):
         return self.rows.get(identity(cell))
