@@ -193,6 +193,7 @@ def side_by_side(todo, seconds):
         except (RuntimeError, OSError, ValueError) as e:
             runs.stop(1)
             die(e)
+    end_on_signals()
     if runs.signal:
         print("stopped, every run saved: the same command goes on", file=sys.stderr)
         sys.exit(128 + runs.signal)

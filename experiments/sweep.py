@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 
 import torch
 
@@ -50,10 +51,8 @@ def start_worker():
     """Have a worker end with the script that forked it, without a word."""
     on_signals(signal.SIG_DFL)
     torch.set_num_threads(1)
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, on Linux
-    except (OSError, AttributeError):
-        return
+    with suppress(OSError, AttributeError):  # which systems other than Linux raise
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 # ---------------------------------------------------------------------------------------- results
