@@ -196,11 +196,11 @@ def test_transfer_tells_what_its_runs_logged(tmp_path, monkeypatch, capsys):
     assert runs == [transfer.cell(r, "scratch", 1, seed) for seed in SEEDS]
     leave(runs[0], "done", {0: 7.0, 26: 4.0, 52: 3.0, 264: 2.5})
     leave(runs[1], "diverged", {0: 7.0})
-    groups = {"SM+LN+G": {"pretrained": [], "scratch": transfer.outcomes(runs)}}
+    groups = {"SM+LN+G": {"pretrained": transfer.outcomes(runs), "scratch": []}}
     transfer.table(groups)
     _, first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("diverged, or not run")
-    assert "7.000 4.000 2.500" in second and second.endswith("; 1 of 2 diverged")
+    assert "7.000 4.000 2.500" in first and first.endswith("; 1 of 2 diverged")
+    assert second.endswith("diverged, or not run")
     transfer.draw(groups, tmp_path / "transfer.png")
     assert (tmp_path / "transfer.png").stat().st_size > 1000
 
