@@ -61,7 +61,8 @@ def spread(model, regularizer, device, compiled, sharded):
     if sharded:
         shard(model, regularizer, device)
     else:
-        model.to(device)
+        for part in filter(None, (model, regularizer)):
+            part.to(device)
     forward = torch.compile(model) if compiled else model
     if sharded or not dist.is_initialized():
         return forward, regularizer

@@ -55,7 +55,7 @@ device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto | float32 | bfloat16: type of the matrix products
 
 SETTINGS = setting_names(globals())
-HERE = {"data_dir", "device", "dtype"}  # may be others when a run goes on
+HERE = {"out", "data_dir", "device", "dtype"}  # may be written otherwise when a run goes on
 
 
 class FadingLayerNorm(nn.Module):
@@ -185,31 +185,27 @@ def opened():
 
 
 def main():
+    global out
     configure(globals())
+    out = os.path.expanduser(out)
     one_of(globals(), repr, dtype=("auto", "float32", "bfloat16"))
     most = 2**31 - 1
     within(globals(), turn=(1, most), settle=(0, most), block_size=(0, 2**20), seed=(0, most),
            batch_size=(1, 2**20), grad_accum=(1, 2**20), eval_windows=(1, most),
            learning_rate=(0, most), weight_decay=(0, most), grad_clip=(1e-9, most))
-    if not os.path.isdir(os.path.dirname(os.path.expanduser(out)) or "."):
+    if os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
         die(f"out must be a file in a folder that exists, and is {out!r}", 2)
     try:
         model, (tokens, val, meta, spec, _), (place, kind, _, told) = opened()
         print(f"{init_from}: {model.config.name}; {told}")
         bare = fade(model, tokens, val, meta["piece"], place, kind)
         kept = dict(data_dir=data_dir, dataset=dataset, seed=seed)
-        save_checkpoint(os.path.expanduser(out), bare, tokenizer=spec, settings=kept,
-                        data_sha256=meta["sha256"])
-        if os.path.exists(stopped_at()):
-            os.remove(stopped_at())
+        save_checkpoint(out, bare, tokenizer=spec, settings=kept, data_sha256=meta["sha256"])
+        if os.path.exists(f"{out}.stopped"):
+            os.remove(f"{out}.stopped")
     except (OSError, ValueError) as e:
         die(e)
     print(f"{out}: {bare.config.name}")
-
-
-def stopped_at():
-    """The file of a run that was stopped, beside the one that it will write."""
-    return os.path.expanduser(out) + ".stopped"
 
 
 def go_on(model, optimizer):
@@ -217,10 +213,10 @@ def go_on(model, optimizer):
     Model and optimizer as a run was stopped with, if one was. Returns the steps done. ValueError if
     its settings were others, or if its file is damaged.
     """
-    if not os.path.exists(stopped_at()):
+    if not os.path.exists(f"{out}.stopped"):
         return 0
     try:
-        stopped = torch.load(stopped_at(), map_location="cpu", weights_only=True)
+        stopped = torch.load(f"{out}.stopped", map_location="cpu", weights_only=True)
         for key, was in stopped["settings"].items():
             if key not in HERE and was != globals()[key]:
                 raise ValueError(f"it has {key}={was!r}")
@@ -228,8 +224,27 @@ def go_on(model, optimizer):
         optimizer.load_state_dict(stopped["optimizer"])
         return stopped["step"]
     except Exception as e:  # torch raises whatever a damaged file makes it raise
-        raise ValueError(f"can't go on from {stopped_at()} ({type(e).__name__}: {e}): delete it to "
+        raise ValueError(f"can't go on from {out}.stopped ({type(e).__name__}: {e}): delete it to "
                          "start anew") from e
+
+
+def keep(model, optimizer, step):
+    """Leave what go_on() needs after so many steps."""
+    save_checkpoint(f"{out}.stopped", model, optimizer=optimizer.state_dict(), step=step,
+                    settings={key: globals()[key] for key in SETTINGS})
+    print(f"stopped after step {step}: the same command goes on from {out}.stopped")
+
+
+@torch.no_grad()
+def evaluate(model, batches, autocast):
+    """Validation loss and perplexity, as text, over batches of x and y (B, T)."""
+    model.eval()
+    total, n = 0.0, sum(len(x) for x, _ in batches)
+    for x, y in batches:
+        with autocast:
+            total += model(x, y)[1].item() * len(x) / n
+    model.train()
+    return f"validation ce {total:.4f}  perplexity {math.exp(min(total, 700)):.2f}"
 
 
 def fade(model, tokens, val, piece, place, kind):
@@ -243,25 +258,15 @@ def fade(model, tokens, val, piece, place, kind):
     optimizer = torch.optim.AdamW(model.param_groups(weight_decay), lr=learning_rate)
     n, n_val = ((len(some) - (0 if piece else 1)) // T for some in (tokens, val))  # windows
     order = np.random.default_rng(seed).permutation(n)
-
-    @torch.no_grad()
-    def evaluate(model):
-        model.eval()
-        chosen = np.linspace(0, n_val - 1, min(eval_windows, n_val)).round().astype(int)
-        total = 0.0
-        for some in np.array_split(chosen, math.ceil(len(chosen) / batch_size)):
-            with autocast:
-                loss = model(*batch(val, some, T, piece, place))[1]
-            total += loss.item() * len(some) / len(chosen)
-        model.train()
-        return f"validation ce {total:.4f}  perplexity {math.exp(min(total, 700)):.2f}"
-
+    chosen = np.linspace(0, n_val - 1, min(eval_windows, n_val)).round().astype(int)
+    held_out = [batch(val, some, T, piece, place)
+                for some in np.array_split(chosen, math.ceil(len(chosen) / batch_size))]
     done = go_on(model, optimizer)
-    told = f"{len(parts)} parts, {steps} steps of {grad_accum * batch_size} x {T} tokens"
-    if done:
-        print(f"going on after step {done}: {told}", flush=True)
-    else:
-        print(f"before: {evaluate(model)}; {told}", flush=True)
+    start = f"going on after step {done}:"
+    if not done:
+        start = f"before: {evaluate(model, held_out, autocast)};"
+    print(f"{start} {len(parts)} parts, {steps} steps of {grad_accum * batch_size} x {T} tokens",
+          flush=True)
     signals = []
 
     def stop(number, frame):
@@ -288,19 +293,16 @@ def fade(model, tokens, val, piece, place, kind):
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if signals and step + 1 < steps:  # before a line, for which the terminal may be gone
+            keep(model, optimizer, step + 1)
+            sys.exit(128 + signals[0])
         if (step + 1) % turn == 0 or step + 1 == steps:
             gone = sum(part.left == 0 for part in parts)
             print(f"step {step + 1:>6}/{steps}  ce {ce:.4f}  {gone} of {len(parts)} gone",
                   flush=True)
-        if signals and step + 1 < steps:
-            settings = {key: globals()[key] for key in SETTINGS}
-            save_checkpoint(stopped_at(), model, optimizer=optimizer.state_dict(), step=step + 1,
-                            settings=settings)
-            print(f"stopped after step {step + 1}: the same command goes on from {stopped_at()}")
-            sys.exit(128 + signals[0])
-    print(f"after: {evaluate(model)}")
+    print(f"after: {evaluate(model, held_out, autocast)}")
     bare = folded(model)
-    print(f"folded: {evaluate(bare)}")
+    print(f"folded: {evaluate(bare, held_out, autocast)}")
     return bare
 
 

@@ -102,7 +102,7 @@ class Run:
         """
         silent = time.monotonic() - self.said
         if sys.stdout.isatty() and silent > QUIET / 10:
-            self.say(text, end="\r")
+            self.say(f"{text:<40}", end="\r")  # over a longer one as well
         elif silent > QUIET:
             self.say(text)
 

@@ -226,7 +226,7 @@ origin = ""
 regularizer = None
 if entropy_reg:
     regularizer = EntropyRegularizer(config.softmax_layers, n_head, gamma, threshold_init,
-                                     reduction).to(device)
+                                     reduction)
 forward, regularize = spread(model, regularizer, device, compiled, fsdp == "yes")
 groups = model.param_groups(weight_decay)
 if entropy_reg:

@@ -9,7 +9,7 @@ its last digit on: add3 is 012+345=0357, add3r 012+345=7530, mul2r 12*34=8040. A
 problems, by a hash of both operands, is never trained on, and asked in the end.
 
 Of every architecture, at the learning rate that its runs on a seed of their own chose, and of the
-regularizer with its thresholds raised, lowered and frozen, at EReg's rate:
+regularizer with its thresholds raised, lowered and frozen, and of none, at EReg's rate:
 
 - exact match of whole answers, by the longer operand's digits: the likeliest token each; what
   sampling at temperature 1 would expect; and what sampling guided by entropy would, at temperature
@@ -36,7 +36,7 @@ import torch  # noqa: E402
 import cells  # noqa: E402
 import sweep  # noqa: E402
 from draw import COLOURS, write_figure  # noqa: E402
-from rows import mean  # noqa: E402
+from rows import lost, mean  # noqa: E402
 from tables import EREG, NAMES, T as SM_T, TUNED, row  # noqa: E402
 
 into = "out/questions"  # folder for arithmetic.json and arithmetic.png
@@ -50,7 +50,7 @@ n_embd = 128  # width
 n_head = 4  # heads
 steps = 1000  # training steps of a cell, fewer where it solves the task
 batch = 512  # problems a step
-tested = 2048  # problems of each length that are drawn, of which the held-out ones are asked
+tested = 2048  # held-out problems of each length that are asked, fewer where there are fewer
 jobs = 2  # cells side by side
 seconds = 10**6  # no cell starts after so many
 
@@ -228,13 +228,13 @@ def table(task, rows):
             print(f"{label:<28}  diverged")
             continue
         by_digits = [f"{k}: {mean([told['greedy'][k] for told in done]):.2f}"
-                     for k in map(str, done[0]["greedy"])]
+                     for k in done[0]["greedy"]]
         taken = mean([told["history"][-1][0] for told in done])
         longest = max(done[0]["greedy"])
         others = [mean([told[key][longest] for told in done]) for key in ("sampled", "guided")]
         print(f"{label:<28}{done[0]['cell']['flags']['learning_rate']:>8g}  "
               f"{', '.join(by_digits):<26}{taken:>6.0f}{others[0]:>8.2f}{others[1]:>8.2f}  "
-              f"{cells.tell_head(done[0]['aligning'])}")
+              f"{cells.tell_head(done[0]['aligning'])}{lost(mine)}")
 
 
 def main():

@@ -7,8 +7,9 @@ A cell is one training run, a dict of plain values that determine it:
     size                       fields of GPTConfig
     task, seed, steps, batch
 
-It is trained as train.py does, but in float32, from matrices of standard deviation 1/sqrt(width),
-on sequences that are generated and seen once. sweep.py trains many.
+It is trained as train.py does, but in float32 (on a GPU its products in TF32), from matrices of
+standard deviation 1/sqrt(width), on sequences that are generated and seen once. sweep.py trains
+many.
 """
 import math
 from dataclasses import fields
@@ -62,14 +63,14 @@ def numbers(text, key):
     return found
 
 
-def size_of(text, width_of_head, key="sizes"):
+def size_of(text, width_of_head):
     """GPTConfig's sizes of "2x64x128": layers, width and context, with heads of one width."""
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        die(f"{key} must be like 2x64x128, layers x width x context, and is {text!r}", 2)
+        die(f"sizes must be like 2x64x128, layers x width x context, and one is {text!r}", 2)
     n_layer, n_embd, T = map(int, parts)
     if n_layer < 2 or n_embd < width_of_head or n_embd % width_of_head:
-        die(f"{key}: {text} must have two layers at least, and a width that {width_of_head} "
+        die(f"sizes: {text} must have two layers at least, and a width that {width_of_head} "
             "divides", 2)
     return dict(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // width_of_head, block_size=T)
 

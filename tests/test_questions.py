@@ -3,6 +3,7 @@ import json
 import math
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -129,10 +130,85 @@ def test_fine_tuning_starts_from_the_seeds_checkpoint(tmp_path, monkeypatch):
                    for flag in transfer.command(transfer.cell(r, "scratch", 1, 1)))
 
 
+def test_a_checkpoint_of_half_a_run_is_none_to_start_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer.reproduce, "out_dir", str(tmp_path))
+    monkeypatch.setattr(transfer, "pretrain", False)
+    monkeypatch.setattr(transfer, "seeds", 1)
+    r = row("SM+LN+G", LN_G, 3e-3)
+    folder = transfer.reproduce.folder(r["config"], r["flags"], SEEDS[0])
+    folder.mkdir()
+    (folder / "ckpt.pt").touch()
+    for event, rows in (("eval", []), ("done", [r])):
+        (folder / "log.jsonl").write_text(json.dumps({"event": event, "step": 330}) + "\n")
+        assert transfer.checkpoints([r]) == rows
+
+
+def test_a_cell_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
+    def finish(cell, *rest):
+        if cell["seed"] == 1:
+            raise RuntimeError("CUDA out of memory")
+        return {"cell": cell, "event": "done", "score": 1.0, "seconds": 1.0,
+                "history": [[4, 0.0, 1.0]]}
+
+    monkeypatch.setattr(sweep, "finish", finish)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, *rest: ThreadPoolExecutor(jobs))
+    results = sweep.Results(tmp_path / "r.json", {})
+    cells_of_all = [sweep.at_rate(CELL, 1e-3, seed) for seed in (1, 2, 3)]
+    with pytest.raises(SystemExit):
+        sweep.run(cells_of_all, results, None, None, 1, math.inf)
+    assert capsys.readouterr().err == "error: a cell failed (RuntimeError: CUDA out of memory)\n"
+    kept = sweep.Results(tmp_path / "r.json", {})
+    assert [bool(kept.of(cell)) for cell in cells_of_all] == [False, True, True]
+
+
+def test_recall_tells_every_row_and_draws_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recall, "tested", 16)
+    model = cells.build(CELL)[0].eval()
+    done = {"cell": CELL, "event": "done", "history": [[4, 1.0, 0.5]], **recall.study(CELL, model)}
+    lost = {"cell": CELL | {"label": "lost"}, "event": "diverged", "history": [[50, math.nan, 0.0]],
+            "score": 0.0}
+    groups = {"2x32x32": [done, done | {"score": 1.0}, lost]}
+    recall.table(groups)
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("2x32x32 tiny ") and f"({done['score']:.2f} to 1.00)" in first
+    assert cells.tell_head(done["to_value"]) in first and second.endswith("diverged")
+    recall.draw(groups, tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").stat().st_size > 1000
+
+
+def test_transfer_tells_what_its_runs_logged(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transfer, "out_dir", str(tmp_path))
+    r = row("SM+LN+G", LN_G, 3e-3)
+    known = dict.fromkeys(("parameters", "entropy_by_layer", "torch", "machine", "data_sha256"))
+
+    def leave(run, event, losses):
+        folder = transfer.folder(run)
+        folder.mkdir(parents=True)
+        log = [{"event": "eval", "step": step, "val_ce": ce} for step, ce in losses.items()]
+        ppl = math.exp(log[-1]["val_ce"])
+        log.append({"event": event, "step": log[-1]["step"], "val_ppl": ppl, **known})
+        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+        (folder / "made.json").write_text("{}")
+
+    for factor, event, last in ((0.3, "done", 3.0), (1, "done", 2.0), (2, "diverged", 1.0)):
+        leave(transfer.cell(r, "scratch", factor, 1), event, {0: 7.0, 264: last})
+    runs = transfer.reported(r, "scratch", [0.3, 1, 2])
+    assert runs == [transfer.cell(r, "scratch", 1, seed) for seed in SEEDS]
+    leave(runs[0], "done", {0: 7.0, 26: 4.0, 52: 3.0, 264: 2.5})
+    leave(runs[1], "diverged", {0: 7.0})
+    groups = {"SM+LN+G": {"pretrained": transfer.outcomes(runs), "scratch": []}}
+    transfer.table(groups)
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert "7.000 4.000 2.500" in first and first.endswith("; 1 of 2 diverged")
+    assert second.endswith("diverged, or not run")
+    transfer.draw(groups, tmp_path / "transfer.png")
+    assert (tmp_path / "transfer.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("script, setting", [
-    ("recall", "--sizes=2x33x64"), ("recall", "--rates=fast"), ("recall", "--archs=SM+LN"),
-    ("recall", "--seeds=4"), ("arithmetic", "--tasks=div2"), ("arithmetic", "--rates=0"),
-    ("transfer", "--factors=-1"), ("transfer", "--dataset=none")])
+    ("recall", "--sizes=2x33x64"), ("recall", "--sizes=2x32x0"), ("recall", "--rates=fast"),
+    ("recall", "--archs=SM+LN"), ("recall", "--seeds=4"), ("arithmetic", "--tasks=div2"),
+    ("arithmetic", "--rates=0"), ("transfer", "--factors=-1"), ("transfer", "--dataset=none")])
 def test_a_bad_setting_is_one_line(script, setting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, setting, f"--into={tmp_path}"])
     with pytest.raises(SystemExit) as stopped:

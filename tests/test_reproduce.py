@@ -13,7 +13,7 @@ from gradients import by_layer, largest_logit  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from plot import read_log  # noqa: E402
 from regularizers import OneLayer, row_variance  # noqa: E402
-from reproduce import PICTURES, SEEDS, TABLES, folder  # noqa: E402
+from reproduce import PICTURES, SEEDS, TABLES, everything, folder  # noqa: E402
 from rows import breaks, paired  # noqa: E402
 
 TINY = ("--dataset=mine --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 "
@@ -83,6 +83,10 @@ def test_pictures_show_runs_that_the_tables_train():
     for runs in PICTURES.values():
         assert all(folder(config, flags, SEEDS[0]) in trained for config, flags in runs)
     assert all((ROOT / "config" / f"{r['config']}.py").exists() for r in rows)
+
+
+def test_what_takes_a_gpu_is_trained_only_where_it_is_named():
+    assert set(TABLES) - set(everything()) == {"paper_size"}
 
 
 def test_frontier_py_says_what_to_train_first(tmp_path):

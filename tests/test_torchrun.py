@@ -71,7 +71,8 @@ def test_two_processes_train_what_one_does(arch, within, data_dir, tmp_path):
         for name, whole in saved.items():
             assert torch.equal(first[name], whole) and torch.equal(second[name], whole)
         for kind, numbers in (("step", ("ce", "entropy_term", "grad_norm")), ("eval", ("val_ce",))):
-            for a, b in zip(of_kind(kind, tmp_path / "one"), of_kind(kind, tmp_path / flag)):
+            both = of_kind(kind, tmp_path / "one"), of_kind(kind, tmp_path / flag)
+            for a, b in zip(*both, strict=True):
                 wanted = [a[n] for n in numbers]
                 assert [b[n] for n in numbers] == pytest.approx(wanted, abs=within, rel=0)
 
