@@ -88,9 +88,11 @@ def draw_scales(ax, named):
             style = dict(color=colour, markersize=4, linewidth=1)
             ax.plot(run["alpha"], "o-", label=f"{tag}alpha", **style)
             ax.plot(run["beta"], "s--", label=f"{tag}beta", **style)
-    ax.set(xlabel="layer", title="alpha and beta of the FFN", ymargin=0.2)
+    least, most = ax.get_ylim()
+    ax.set(xlabel="layer", title="alpha and beta of the FFN",
+           ylim=(least, most + 0.5 * (most - least)))  # room for the legend
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=7, ncols=2, loc="upper center")
 
 
 def draw_temperatures(ax, named):
