@@ -124,7 +124,7 @@ def draw(rows, path):
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for place, row in enumerate(rows):
-        style = ("-", "--", ":")[place // len(COLOURS) % 3]
+        style = ("-", "--", ":", "-.")[place // len(COLOURS) % 4]
         for ax, key in zip(axes, ("loss_on_text", "loss_on_random")):
             smooth = torch.tensor(row[key]).view(-1, 4).mean(1)
             ax.plot(range(2, 4 * len(smooth), 4), smooth, style,
