@@ -217,7 +217,8 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
     "higher_rates": ("Whole runs at higher rates than the short ones chose", WITH_SHARES,
                      each(HIGHER) + [
                          row(f"SM+ScFuFFN, 2 {kind}", SC, HIGHER[SC], **{f"{kind}_layers": 2})
-                         for kind in ("positional", "uniform")]),
+                         for kind in ("positional", "uniform")]
+                     + [row("SM(t)+ScFuFFN, at 0.006", T, 6e-3)]),
     "one_rate": ("Those that bear a higher rate, at 0.001 like the paper's", WITH_SHARES,
                  each(dict.fromkeys((LN_G, LN_R, LN, SC, T, EREG), 1e-3))),
     "tuning": ("The learning rate of each, on a seed that no other table reports, in runs of 2.9M "
