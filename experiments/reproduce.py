@@ -34,12 +34,12 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 import torch  # noqa: E402
 
 from data.dataset import open_dataset  # noqa: E402
-from draw import draw, draw_history, write_figure, write_whole  # noqa: E402
+from draw import COLOURS, draw, draw_history, write_figure, write_whole  # noqa: E402
 from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
 from machine import machine_and_commit  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from plot import look, read_log  # noqa: E402
-from tables import NAMED_ONLY, PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
+from tables import NAMED_ONLY, PAPER_RATE, PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
 from rows import breaks, heading, markdown, mean  # noqa: E402
 
 only = ""  # tables to train for, comma-separated, or none; all but paper_size if empty
@@ -66,7 +66,7 @@ DATASET = ["--corpus=pycode", "--name=pycode2k", "--vocab_size=2048"]  # prepare
 # ---------------------------------------------------------------------------------------- training
 def at_scale(flags):
     """A run's settings: GPT-2 small keeps the paper's learning rate, ours suit a width of 128."""
-    return flags | {"learning_rate": 1e-3} if scale == "gpu" else flags
+    return flags | {"learning_rate": PAPER_RATE} if scale == "gpu" else flags
 
 
 def script(flags):
@@ -286,6 +286,28 @@ def draw_divergence(log, path):
     write_figure(fig, str(path))
 
 
+def draw_depth(rows, path):
+    """Entropy by layer of the first run of each row, dashed where it diverged."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    for place, r in enumerate(rows):
+        run = r["runs"][0]
+        broken = run["event"] == "diverged"
+        told = f"diverged at step {run['step']}" if broken else f"perplexity {run['val_ppl']:.1f}"
+        entropy = [math.nan if e is None else e for e in run["entropy_by_layer"]]
+        marker = "os"[place // len(COLOURS) % 2]
+        ax.plot(range(1, len(entropy) + 1), entropy, marker + ("--" if broken else "-"),
+                color=COLOURS[place % len(COLOURS)], markersize=4, linewidth=1.2,
+                label=f"{r['label']}: {told}")
+    most = max_causal_entropy(rows[0]["runs"][0]["size"]["block_size"])
+    ax.axhline(most, color="0.6", linestyle=":", linewidth=1)
+    ax.set(xlabel="layer", ylabel="mean entropy, nats", ylim=(-0.1, 1.05 * most))
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    write_figure(fig, str(path))
+
+
 def collected():
     """{table: its rows with the "runs" that are over}. Dies if none is, or the data differ."""
     tables = {}
@@ -343,6 +365,10 @@ def main():
         log = read_log(alone)
         if log:
             draw_divergence(log, into_folder / f"divergence{suffix}.png")
+        deep = [r for r in tables["paper_size"] if r["runs"]
+                and r["flags"]["learning_rate"] == PAPER_RATE]
+        if deep:
+            draw_depth(deep, into_folder / f"paper_size{suffix}.png")
     except (OSError, ValueError) as e:
         die(e)
 

@@ -7,6 +7,7 @@ is trained at the learning rate that the table "tuning" chose for it, unless a r
 """
 SEEDS = (1337, 1338, 1339)
 TUNING_SEED = 1  # no table but "tuning" and "quick" reports it
+PAPER_RATE = 1e-3  # the paper's learning rate
 SHORT = {"max_iters": 700, "eval_interval": 175}  # of the runs that choose a learning rate
 NO_LN_F = {"final_layernorm": False}
 
@@ -185,7 +186,8 @@ LARGE = dict(n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval
 
 def large(label, config, **flags):
     """The paper's width and depth for 80 steps, with a warmup of 4."""
-    return row(f"{label}, 12 x 768", config, 1e-3, PUBLISHED.get(config, ""), **LARGE, **flags)
+    published = PUBLISHED.get(config, "")
+    return row(f"{label}, 12 x 768", config, PAPER_RATE, published, **LARGE, **flags)
 
 
 WHOLE = dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, max_iters=1500, eval_interval=500,
@@ -195,9 +197,9 @@ HALF_POSITIONAL = {"positional_layers": 6}
 
 def paper_size():
     """The paper's width and depth on a GPU, at the paper's learning rate and at lower ones."""
-    rows = [row(NAMES[config], config, 1e-3, PUBLISHED.get(config, ""), **WHOLE)
+    rows = [row(NAMES[config], config, PAPER_RATE, PUBLISHED.get(config, ""), **WHOLE)
             for config in NAMES if config != TH]
-    rows += [row(f"{NAMES[config]}, 6 positional", config, 1e-3, **WHOLE, **HALF_POSITIONAL)
+    rows += [row(f"{NAMES[config]}, 6 positional", config, PAPER_RATE, **WHOLE, **HALF_POSITIONAL)
              for config in (SC, EREG)]
     rows += [row("SM+ScFuFFN, sigmaReparam", SC, rate, **WHOLE, **SIGMA) for rate in (1e-3, 3e-3)]
     rows += [row(NAMES[config], config, 3e-4, **WHOLE)

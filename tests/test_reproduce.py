@@ -13,7 +13,7 @@ from gradients import by_layer, largest_logit  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from plot import read_log  # noqa: E402
 from regularizers import OneLayer, row_variance  # noqa: E402
-from reproduce import PICTURES, SEEDS, TABLES, everything, folder  # noqa: E402
+from reproduce import PICTURES, SEEDS, TABLES, draw_depth, everything, folder  # noqa: E402
 from rows import breaks, paired  # noqa: E402
 
 TINY = ("--dataset=mine --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 "
@@ -158,3 +158,13 @@ def test_gradients_streams_and_logits_are_told_by_layer():
     last = torch.stack([p.grad.norm() for p in model.blocks[-1].parameters()]).norm().item()
     assert math.isclose(found["gradient"][-1], last, rel_tol=1e-4)
     assert [len(values) for values in found.values()] == [3, 3, 3]
+
+
+def test_entropies_by_layer_are_drawn_of_trained_and_of_diverged_runs(tmp_path):
+    size = {"block_size": 8}
+    rows = [{"label": "SM", "runs": [{"event": "diverged", "step": 3, "size": size,
+                                      "entropy_by_layer": [1.2, None]}]},
+            {"label": "SM+LN", "runs": [{"event": "done", "val_ppl": 20.0, "size": size,
+                                         "entropy_by_layer": [1.2, 0.9]}]}]
+    draw_depth(rows, tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
