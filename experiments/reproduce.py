@@ -39,7 +39,8 @@ from entropy import max_causal_entropy, quartile_distribution  # noqa: E402
 from machine import machine_and_commit  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from plot import look, read_log  # noqa: E402
-from tables import NAMED_ONLY, PAPER_RATE, PICTURES, SEEDS, SMALL_ONLY, TABLES  # noqa: E402
+from tables import NAMED_ONLY, PAPER_RATE, PAPER_SHAPE, PICTURES, SEEDS  # noqa: E402
+from tables import SMALL_ONLY, TABLES  # noqa: E402
 from rows import breaks, heading, markdown, mean  # noqa: E402
 
 only = ""  # tables to train for, comma-separated, or none; all but paper_size if empty
@@ -57,7 +58,7 @@ BASE = {
     "cpu": dict(dataset="pycode2k", n_layer=4, n_head=4, n_embd=128, batch_size=32, max_iters=2640,
                 eval_interval=330, eval_windows=256, log_interval=50, warmup=0.1,
                 dtype="bfloat16", compile="no"),
-    "gpu": dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, warmup=0.05, eval_windows=512,
+    "gpu": dict(**PAPER_SHAPE, batch_size=64, warmup=0.05, eval_windows=512,
                 eval_interval=500, log_interval=50),
 }
 DATASET = ["--corpus=pycode", "--name=pycode2k", "--vocab_size=2048"]  # prepare.py's, for the CPU

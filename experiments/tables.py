@@ -8,6 +8,7 @@ is trained at the learning rate that the table "tuning" chose for it, unless a r
 SEEDS = (1337, 1338, 1339)
 TUNING_SEED = 1  # no table but "tuning" and "quick" reports it
 PAPER_RATE = 1e-3  # the paper's learning rate
+PAPER_SHAPE = dict(n_layer=12, n_head=12, n_embd=768)
 SHORT = {"max_iters": 700, "eval_interval": 175}  # of the runs that choose a learning rate
 NO_LN_F = {"final_layernorm": False}
 
@@ -135,22 +136,12 @@ def weights():
             row("no regularizer: SM(t)+ScFuFFN", T, TUNED[EREG])]
 
 
-def rivals():
+def rivals(tuned, sigma_rate, rate_and_weight, **flags):
     """What else holds the logits and costs inference nothing, at the rate that suits it best."""
-    return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED[EREG]),
-            row("SM+ScFuFFN", SC, TUNED[SC]),
-            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA, **SIGMA),
-            row("SM+ScFuFFN, sigmaReparam, 2 positional", SC, TUNED_SIGMA, **SIGMA,
-                positional_layers=2),
-            variance(*TUNED_VARIANCE)]
-
-
-def rivals_no_ln_f():
-    """The same without the final LayerNorm."""
-    return [row("EReg(SM(t)+ScFuFFN)", EREG, TUNED_NO_LN_F[EREG], **NO_LN_F),
-            row("SM+ScFuFFN", SC, TUNED_NO_LN_F[SC], **NO_LN_F),
-            row("SM+ScFuFFN, sigmaReparam", SC, TUNED_SIGMA_NO_LN_F, **SIGMA, **NO_LN_F),
-            variance(*TUNED_VARIANCE_NO_LN_F, **NO_LN_F)]
+    return [row("EReg(SM(t)+ScFuFFN)", EREG, tuned[EREG], **flags),
+            row("SM+ScFuFFN", SC, tuned[SC], **flags),
+            row("SM+ScFuFFN, sigmaReparam", SC, sigma_rate, **SIGMA, **flags),
+            variance(*rate_and_weight, **flags)]
 
 
 def deep():
@@ -180,7 +171,7 @@ def frontier():
     return rows
 
 
-LARGE = dict(n_layer=12, n_head=12, n_embd=768, batch_size=3, max_iters=80, eval_interval=1,
+LARGE = dict(**PAPER_SHAPE, batch_size=3, max_iters=80, eval_interval=1,
              eval_windows=3, log_interval=1, warmup=0.05)
 
 
@@ -190,16 +181,15 @@ def large(label, config, **flags):
     return row(f"{label}, 12 x 768", config, PAPER_RATE, published, **LARGE, **flags)
 
 
-WHOLE = dict(n_layer=12, n_head=12, n_embd=768, batch_size=64, max_iters=1500, eval_interval=500,
+WHOLE = dict(**PAPER_SHAPE, batch_size=64, max_iters=1500, eval_interval=500,
              eval_windows=512, warmup=0.05)
-HALF_POSITIONAL = {"positional_layers": 6}
 
 
 def paper_size():
     """The paper's width and depth on a GPU, at the paper's learning rate and at lower ones."""
     rows = [row(NAMES[config], config, PAPER_RATE, PUBLISHED.get(config, ""), **WHOLE)
             for config in NAMES if config != TH]
-    rows += [row(f"{NAMES[config]}, 6 positional", config, PAPER_RATE, **WHOLE, **HALF_POSITIONAL)
+    rows += [row(f"{NAMES[config]}, 6 positional", config, PAPER_RATE, **WHOLE, positional_layers=6)
              for config in (SC, EREG)]
     rows += [row("SM+ScFuFFN, sigmaReparam", SC, rate, **WHOLE, **SIGMA) for rate in (1e-3, 3e-3)]
     rows += [row(NAMES[config], config, 3e-4, **WHOLE)
@@ -236,8 +226,11 @@ TABLES = {  # name: (what it is, what the published column shows, rows)
     "frontier": ("The first layers without softmax: uniform, the average, or positional, a learned "
                  "pattern of distances", "", frontier()),
     "rivals": ("EReg against sigmaReparam (arXiv 2303.06296) and a penalty on the logits' variance",
-               "PPL", rivals()),
-    "rivals_no_final_layernorm": ("The same without the final LayerNorm", "PPL", rivals_no_ln_f()),
+               "PPL", rivals(TUNED, TUNED_SIGMA, TUNED_VARIANCE) + [
+                   row("SM+ScFuFFN, sigmaReparam, 2 positional", SC, TUNED_SIGMA, **SIGMA,
+                       positional_layers=2)]),
+    "rivals_no_final_layernorm": ("The same without the final LayerNorm", "PPL", rivals(
+        TUNED_NO_LN_F, TUNED_SIGMA_NO_LN_F, TUNED_VARIANCE_NO_LN_F, **NO_LN_F)),
     "one_layer": ("Algorithm 1 on a single layer", "PPL", one_layer()),
     "lambda": ("The weight of the regularizer", "PPL", weights()),
     "norms": ("Weight and spectral norm by place, against the learnable scales (Tables 4 and 5)",
