@@ -51,6 +51,7 @@ prompt_ids = ""          # or its token ids, such as 1,2,3, for a model without 
 prompts = ""             # or a text file, a prompt on each line: one after the other
 max_new_tokens = 1       # how many tokens the reply may have: the parties know
 prompt_tokens = 0        # how many the prompt is padded to: the parties know; 0: the context
+ahead = False            # make the prompt's products by weights before asking: sooner answered
 temperature = 0.0        # of the client's choice among revealed logits; 0: the most likely token
 top_k = 0                # and that among so many of the likeliest; 0: all
 embedding = "private"    # role both: private | public (the client has them, see pi_export.py)
@@ -178,7 +179,7 @@ def describe(model, name, s):
         "flops": model.flops(),
         "settings": {"reveal": reveal, "embedding": embedding, "tls": bool(tls), "seed": seed,
                      "max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens,
-                     "temperature": temperature, "top_k": top_k,
+                     "ahead": ahead, "temperature": temperature, "top_k": top_k,
                      "plain": s.plain, "weights": "random" if archs else "trained"},
         "versions": {"spu": spu.__version__, "torch": torch.__version__,
                      "numpy": numpy.__version__, "python": platform.python_version()},
@@ -217,6 +218,8 @@ def check_settings(given):
     if (plain or baseline) and (max_new_tokens > 1 or prompt_tokens):
         die("--plain and --baseline are of one token behind a whole context: not with "
             "--max_new_tokens or --prompt_tokens", 2)
+    if ahead and (protocol != "cheetah" or plain or baseline):
+        die("--ahead is of the protocol cheetah, and not of --plain or --baseline", 2)
     if network != "none" and protocol == "aby3":
         die("--network joins two parties, and aby3 has three", 2)
     if archs and {"prompt", "prompts"} & given.keys():

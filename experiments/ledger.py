@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +48,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from model import GPTConfig  # noqa: E402
-from private.block import now, row_attention, row_masks, split_heads  # noqa: E402
+from private.block import Row, now, row_attention, row_of, split_heads  # noqa: E402
 from private.embed import GROUP, ROWS  # noqa: E402
 from private.engine import CLIENT, SERVER, Engine  # noqa: E402
 from private.infer import one_of_each  # noqa: E402
@@ -81,13 +82,18 @@ def shared(value, dtype=np.float32):
     return engine.op("share", jnp.add, own(CLIENT, mask, dtype), own(SERVER, value - mask, dtype))
 
 
-def measure(what, form, exact, function, *secrets, times=1, bits=0, **static):
+def measure(what, form, exact, function, *secrets, times=1, bits=0, steps=False, **static):
     """
     A row: one form of one operation. exact: what should come out, or None; times: how many of it
-    the whole takes; bits: the fraction bits of what comes out as integers.
+    the whole takes; bits: the fraction bits of what comes out as integers; steps: whether the
+    function takes op() first, to make ops of its own.
     """
     before = len(engine.costs)
-    got = engine.reveal(engine.op(what, function, *secrets, **static))
+    if steps:
+        found = function(engine.op, *secrets)
+    else:
+        found = engine.op(what, function, *secrets, **static)
+    got = engine.reveal(found)
     if rank == CLIENT:
         got = got / 2.0**bits
         traffic, messages, seconds, _ = times * sum(cost for _, _, cost in engine.costs[before:])
@@ -104,6 +110,7 @@ def softmax():
     i, j = np.tril_indices(T)
     u = (s - largest)[:, i, j].clip(-CLIP) + 1                                 # (H, T (T + 1) / 2)
     secret_s, secret_u = shared(s), shared(u)
+    in_integers = shared(s * 2.0**18)  # as the scores by shares are
 
     what = "a square of every causal logit"
     measure(what, "x * x", u * u, lambda u: u * u, secret_u)
@@ -127,7 +134,7 @@ def softmax():
     what = "softmax without its division"
     measure(what, "T x T, masked after", e, masked_after, secret_s)
     measure(what, "secure_exponentials", e, lambda s: secure_exponentials(s), secret_s)
-    measure(what, "by shares", e, secure_exponentials, secret_s, bits=E_BITS)
+    measure(what, "by shares", e, secure_exponentials, in_integers, bits=E_BITS)
     clipped = np.exp(LOGIT_UNIT * (s[:, i, j].clip(-1, 1) - 1))
     measure(what, "a range known beforehand: no maxima, but a clip on both sides", clipped,
             of_known_range, secret_s)
@@ -189,29 +196,35 @@ def ffn_and_layernorm():
 
 def last_row():
     s = rng.normal(size=(H, 1, T)) * 3 / LOGIT_UNIT
-    last, seen = row_masks(T - 1, T)
-    LAST, SEEN = own(CLIENT, last), own(CLIENT, seen)
-    measure("the last block's softmax", "one row", row_exponentials(s, seen, last),
-            secure_row_exponentials, shared(s), SEEN, LAST)
+    row = row_of(T - 1, T)
+    secret = Row(*(own(CLIENT, mask) for mask in row))
+    e = row_exponentials(s, row.hidden, row.left)
+    what = "the last block's softmax"
+    measure(what, "one row", e, lambda *values: secure_row_exponentials(*values),
+            shared(s), secret.hidden, secret.left)
+    measure(what, "one row, by shares", e, secure_row_exponentials, shared(s * 2.0**18),
+            secret.hidden, secret.left, bits=E_BITS)
 
     c = GPTConfig(block_size=T, n_head=H, n_embd=d, use_layernorm=False)
     x = rng.normal(size=(T, d)) * 2
     W = rng.normal(size=(d, 3 * d)) * np.repeat((0.01, 0.01, 0.03), d)         # Q, K, V
 
-    def by_keys(x, last, seen, W):
+    def by_keys(x, last, hidden, left, W):
         _, k, v = split_heads(x @ W, H)
         q, _, _ = split_heads(last @ x @ W, H)
-        e = secure_row_exponentials(q @ k.transpose(0, 2, 1), seen, last)
+        e = secure_row_exponentials(q @ k.transpose(0, 2, 1), hidden, left)
         return (e @ v * secure_reciprocal(e.sum(-1, keepdims=True), T)).reshape(1, d)
 
-    def by_matrices(x, last, seen, W, f=SECURE):
-        return row_attention(now, x, last @ x, last, seen, {"qkv": (W,)}, c, f)
+    def by_matrices(op, x, last, hidden, left, W, f=SECURE):
+        own_row = op("matmul", jnp.matmul, last, x)
+        return row_attention(op, x, own_row, Row(last, hidden, left), {"qkv": (W,)}, c, f)
 
     what = "the last block's attention, of one row"
-    exact = by_matrices(x, last, seen, W, EXACT)
-    secrets = shared(x), LAST, SEEN, own(SERVER, W)
+    exact = by_matrices(now, x, *row, W, EXACT)
+    secrets = shared(x), *secret, own(SERVER, W)
     measure(what, "keys and values of all rows", exact, by_keys, *secrets)
-    measure(what, "row_attention", exact, by_matrices, *secrets)
+    measure(what, "row_attention", exact, partial(by_matrices, now), *secrets)
+    measure(what, "row_attention, by shares", exact, by_matrices, *secrets, steps=True)
 
     y = rng.normal(size=(H, T, d_k))
     t = np.exp(rng.normal(size=(H, T, 1)) / 3)

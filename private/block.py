@@ -9,15 +9,24 @@ what each kind of operation costs. The functions are pure; keywords hold what is
 Shapes: T tokens, width d, H heads of d_k = d / H each, V words. w holds a block's weights as
 {name: (W,) or (W, b)}, see weights_of(); f is nonlinear.py's EXACT or SECURE.
 """
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from model import ACTIVATIONS
-from private.nonlinear import EXACT, by_rows, only
+from private.nonlinear import CLIPPED, EXACT, HIDDEN, by_rows, only
 
 WORDS = 2048  # of the vocabulary that a product of many rows takes at a time
 HEAD = ("head", "basis", "ln_f")  # the arrays of head() and of plain_head(), as prefixes
+
+
+class Row(NamedTuple):
+    """The last row of a prompt: the client's secrets, or arrays in the clear."""
+    last: Any    # (1, T), 1 at that row and 0 elsewhere
+    hidden: Any  # (1, T), HIDDEN behind it, 0 up to it
+    left: Any    # (1, T), CLIPPED and 0 there
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -37,22 +46,22 @@ def block(op, x, w, c, f, units=(1.0, 1.0), cache=None):
     return ffn(op, x, w, c, f, units[1])                                          # (T, d)
 
 
-def last_block(op, x, last, seen, w, c, f, units=(1.0, 1.0), cache=None):
+def last_block(op, x, row, w, c, f, units=(1.0, 1.0), cache=None):
     """
-    The last block, of which a next token needs one row: x (T, d) -> (1, d). last and seen (1, T)
-    are row_masks(): which row it is stays the client's secret. cache: as in block().
+    The last block, of which a next token needs one row: x (T, d) -> (1, d). row: a Row; which it is
+    stays the client's secret. cache: as in block().
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
     if "qkv" in w:
-        own = op("matmul", jnp.matmul, last, n)                                   # (1, d)
-        x = op("matmul", jnp.matmul, last, x) if c.use_layernorm else own         # (1, d)
-        y = row_attention(op, n, own, last, seen, w, c, f)                        # (1, d)
+        own = op("matmul", jnp.matmul, row.last, n)                               # (1, d)
+        x = op("matmul", jnp.matmul, row.last, x) if c.use_layernorm else own     # (1, d)
+        y = row_attention(op, n, own, row, w, c, f)                               # (1, d)
         if cache is not None:
             cache["kv"] = op("matmul", keys_values, n, *w["qkv"])                 # (T, 2 d)
     else:
         y = without_softmax(op, n, w, cache)                                      # (T, d)
-        x = op("matmul", jnp.matmul, last, x)                                     # (1, d)
-        y = op("matmul", jnp.matmul, last, y)                                     # (1, d)
+        x = op("matmul", jnp.matmul, row.last, x)                                 # (1, d)
+        y = op("matmul", jnp.matmul, row.last, y)                                 # (1, d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (1, d)
     return ffn(op, x, w, c, f, units[1])                                          # (1, d)
 
@@ -75,7 +84,7 @@ def attention(op, n, w, c, f, cache=None):
               reciprocal=f.reciprocal, most=c.block_size)                      # (T, d)
 
 
-def row_attention(op, n, own, last, seen, w, c, f):
+def row_attention(op, n, own, row, w, c, f):
     """
     The same of one row: n (T, d) and that row itself, own (1, d) -> (1, d).
 
@@ -87,10 +96,10 @@ def row_attention(op, n, own, last, seen, w, c, f):
     W_qkv = w["qkv"][0]                                                        # (d, 3 d)
     q = op("matmul", query, own, *w["qkv"])                                    # (1, d)
     if "inverse_t" in w:
-        q = op("temperature", by_own_temperature, q, *w["inverse_t"], last)    # (1, d)
+        q = op("temperature", by_own_temperature, q, *w["inverse_t"], row.last)  # (1, d)
     z = op("matmul", through_keys, q, W_qkv, n_head=H)                         # (H, d)
     s = op("matmul", row_scores, z, n)                                         # (H, 1, T)
-    e = op("softmax", f.row_exponentials, s, seen, last)                       # (H, 1, T)
+    e = op("softmax", f.row_exponentials, s, row.hidden, row.left)             # (H, 1, T)
     z = op("matmul", mix_rows, e, n)                                           # (H, d)
     y = op("matmul", through_values, z, W_qkv)                                 # (H, d_k)
     return op("softmax", divide_row, y, e,
@@ -313,11 +322,11 @@ def layers_of(arrays):
     return sorted({int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")})
 
 
-def row_masks(row, T):
-    """last (1, T), 1 at `row` and 0 elsewhere, and seen (1, T), 1 up to it."""
-    last = np.eye(T, dtype=np.float32)[row:row + 1]
-    seen = np.tri(T, dtype=np.float32)[row:row + 1]
-    return last, seen
+def row_of(position, T):
+    """The Row, as arrays, of a prompt that ends at `position` of T."""
+    last = np.eye(T, dtype=np.float32)[position:position + 1]
+    hidden = np.where(np.arange(T) > position, HIDDEN, 0)[None].astype(np.float32)
+    return Row(last, hidden, np.where(hidden, CLIPPED, 0))
 
 
 def forward(arrays, c, one_hot, f=EXACT, row=None, units=None, caches=None):
@@ -335,7 +344,7 @@ def forward(arrays, c, one_hot, f=EXACT, row=None, units=None, caches=None):
         own_units = units[2 * i:2 * i + 2]
         cache = None if caches is None else caches.setdefault(i, {})
         if row is not None and i == L - 1:
-            x = last_block(now, x, *row_masks(row, T), w, c, f, own_units, cache)  # (1, d)
+            x = last_block(now, x, row_of(row, T), w, c, f, own_units, cache)      # (1, d)
         else:
             x = block(now, x, w, c, f, own_units, cache)                       # (T, d)
     return head(now, x, weights_of(arrays, *HEAD), c, f, units[-1])            # (T, V) or (1, V)

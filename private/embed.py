@@ -4,6 +4,7 @@ The embedding of a secret prompt from the server's secret table, and of a furthe
 import jax.numpy as jnp
 import numpy as np
 
+from private.ahead import product
 from private.engine import CLIENT, SERVER
 from private.lookup import QUERIES, buckets, queries
 from private.nonlinear import CIPHERTEXT
@@ -15,6 +16,7 @@ GROUP = 8    # buckets that a product takes
 BUCKETED_V = 8 * ROWS
 BUCKETED_T = 4 * QUERIES
 SCALE = 2**16  # the embedding is looked up in integers, exact to 1 / SCALE
+TABLE = "wte and wpe"  # the Matrix of both
 NO_TOKEN = -1  # at positions past the prompt
 
 
@@ -50,17 +52,21 @@ def embed(engine, embedding, c, weights, T, ids, told, whole):
     return engine.op("embedding", place, found, wpe)                            # (T, d)
 
 
-def embed_next(engine, embedding, c, weights, token, position, whole):
+def embed_next(engine, embedding, c, weights, token, position, whole, ahead=None):
     """
     The embedding (1, d) of one token more, whose id and position are the client's: by one row with
-    two ones, over a table of the tokens and the positions.
+    two ones, over a table of the tokens and the positions. ahead: the table's Matrix, or None.
     """
     V, T, d = c.vocab_size, c.block_size, c.n_embd
     client, server = engine.rank == CLIENT, engine.rank == SERVER
     if embedding != "private":
         x = (weights["wte"][token] + weights["wpe"][position])[None] if client else None
         return engine.put((1, d), CLIENT, x)
-    table = whole_numbers(np.vstack((weights["wte"], weights["wpe"]))) if server else None
+    if ahead:
+        hot = np.zeros((1, V + T), np.uint64)
+        hot[0, [token, V + position] if client else []] = 1
+        return engine.by_form(sum_of_rows, "embedding", hot, ahead, times=1)    # (1, d)
+    table = table_of(weights) if server else None
     pieces = in_pieces(V + T, CIPHERTEXT)  # of a row, the engine sends whole ciphertexts
     asked = None
     if client:
@@ -71,6 +77,11 @@ def embed_next(engine, embedding, c, weights, token, position, whole):
 
 def whole_numbers(table):
     return np.round(table * SCALE).astype(np.int32)
+
+
+def table_of(weights):
+    """The embeddings of all tokens and behind them of all positions, (V + T, d)."""
+    return whole_numbers(np.vstack((weights["wte"], weights["wpe"])))
 
 
 def in_pieces(rows, size):
@@ -109,6 +120,11 @@ def answers(engine, questions, asked, pieces, table, d, told, whole):
         found.append(engine.op("embedding", answer, hot, part, times=times))
         told(f"embedding {i + 1}/{len(pieces)}", engine.costs)
     return found
+
+
+def sum_of_rows(op, engine, hot, table):
+    """hot (1, rows), the client's, times a Matrix of whole numbers."""
+    return op(in_ones, engine.hold(product(engine, hot, table)))
 
 
 def answer(hot, rows):

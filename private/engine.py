@@ -22,7 +22,7 @@ import spu
 import spu.utils.frontend as frontend
 from spu import libspu
 
-from private import shares
+from private import ahead, shares
 from private.meet import ROLES, quit_now, tls_files
 
 CLIENT, SERVER, HELPER = range(3)  # ranks, in the order of ROLES
@@ -64,7 +64,8 @@ class Engine:
     settings and secret-shared weights, under which plain.py is measured.
 
     Under Cheetah op() computes a function of shares.FORMS by its form there, which needs a second
-    ring, mod 2^32. Its messages go over the same connection, as a link of its own name.
+    ring, mod 2^32. Its messages go over the same connection, as a link of its own name. And one of
+    ahead.FORMS, where it takes an ahead.Matrix.
 
     .costs: what op() has cost so far, a list of (kind, times, array); the array holds bytes of both
     directions, messages of the busier direction (at most this many round trips), seconds, and how
@@ -91,6 +92,7 @@ class Engine:
         self.compiled = {}
         self.costs = []
         self.seconds = 0.0  # spent in op() by functions that have no form
+        self.sent = np.zeros(2)  # bytes and messages outside of the engine, by to_server()
         self.names = (f"value {i}" for i in itertools.count())
 
     def put(self, shape, owner, value=None, dtype=np.float32):
@@ -121,6 +123,20 @@ class Engine:
         share = shares.share_of(array, bits, dtype)
         return self.named(share, self.rings[bits], array.shape, dtype)
 
+    def own(self, shape, owner, array=None):
+        """The secret of integers mod 2^64 that are `owner`'s, which alone gives them."""
+        if self.rank != owner:
+            array = np.zeros(shape, np.uint64)
+        share = shares.share_of(array, 64, np.int32, owner)
+        return self.named(share, self.rings[64], shape, np.int32)
+
+    def to_server(self, array):
+        """The client's array, which it sends the server; its cost is entered by by_form()."""
+        self.sent += np.array([array.nbytes, 1])
+        if self.rank == CLIENT:
+            return self.link.send(SERVER, array.tobytes())
+        return np.frombuffer(self.link.recv(CLIENT), array.dtype).reshape(array.shape)
+
     def numbers(self, secret):
         """This party's share of a secret: an array of unsigned integers mod 2^(the ring's bits)."""
         share = secret.ring.runtime.get_var(secret.name)
@@ -132,8 +148,10 @@ class Engine:
         each function, static keywords and shapes. What it cost is appended to .costs under `kind`,
         and counts `times` times: for itself and for equal ones that are not run.
         """
-        if function in self.forms:
-            return self.by_shares(kind, function, *secrets, times=times, **static)
+        by_matrix = any(isinstance(secret, ahead.Matrix) for secret in secrets)
+        form = (ahead.FORMS if by_matrix else self.forms).get(function)
+        if form:
+            return self.by_form(form, kind, *secrets, times=times, **static)
         start = time.time()
         ring = secrets[0].ring
         key = function, tuple(sorted(static.items())), tuple((s.shape, s.dtype) for s in secrets)
@@ -147,15 +165,16 @@ class Engine:
         self.seconds += time.time() - start
         return Secret(ring, name, out.shape, out.dtype)
 
-    def by_shares(self, kind, function, *secrets, times, **static):
+    def by_form(self, form, kind, *secrets, times, **static):
         """
-        op() by the form of `function`, which makes ops of its own. What a party does alone in
-        between is one more entry of .costs, seconds without a byte.
+        op() by a function's form, which makes ops of its own. What a party does alone in between is
+        one more entry of .costs, with what it sends there.
         """
         start, before = time.time(), self.seconds
-        result = self.forms[function](partial(self.op, kind, times=times), self, *secrets, **static)
+        self.sent = np.zeros(2)  # bytes, messages
+        result = form(partial(self.op, kind, times=times), self, *secrets, **static)
         alone = time.time() - start - (self.seconds - before)
-        self.costs.append((kind, times, np.array([0, 0, alone, 0])))
+        self.costs.append((kind, times, np.array([*self.sent, alone, 0])))
         return result
 
     def reveal(self, secret):

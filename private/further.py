@@ -98,7 +98,7 @@ def next_attention(op, n, place, cache, w, c, f):
     own = op("matmul", without_queries, qkv)                                   # (1, 2 d)
     kv = cache["kv"] = op("matmul", append, cache["kv"], own)                  # (n, 2 d)
     s = op("matmul", next_scores, q, kv, n_head=c.n_head)                      # (H, 1, n)
-    e = op("softmax", f.next_exponentials, s, place.hidden, place.left)        # (H, 1, n)
+    e = op("softmax", f.row_exponentials, s, place.hidden, place.left)         # (H, 1, n)
     y = op("matmul", next_mix, e, kv)                                          # (H, d_k)
     return op("softmax", divide_row, y, e,
               reciprocal=f.reciprocal, most=c.block_size)                      # (1, d)

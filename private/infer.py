@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import GPTConfig
-from private.block import HEAD, block, head, last_block, layers_of, row_masks, weights_of
-from private.embed import NO_TOKEN, embed, embed_next, silent
+from private.ahead import Matrix, fixed
+from private.block import HEAD, Row, block, head, last_block, layers_of, row_of, weights_of
+from private.embed import NO_TOKEN, TABLE, embed, embed_next, silent, table_of
 from private.engine import CLIENT, SERVER
 from private.further import Place, make_room, next_block, place_of
 from private.nonlinear import SECURE, secure_argmax
 from private.plain import plain_block, plain_head
+from private.shares import signed
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Cache:
 
 
 def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", every_row=False,
-          padded_to=0, cache=None):
+          padded_to=0, cache=None, ahead=None):
     """
     One private forward pass. public: public.json's dict; weights: server.npz's arrays on the
     server, embedding.npz's on the client if the embedding is public, else None; ids: the prompt's
@@ -40,7 +42,8 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     run of each kind, uniform and softmax, 0 for all. The last layer, which makes one row, comes
     besides (plain's is equal). With fewer layers than all, only two pieces of the embedding are
     looked up, and the result means nothing. padded_to: how many tokens the prompt is padded to,
-    0 for the context; cache: a Cache of as many, from which infer_next() then goes on.
+    0 for the context; cache: a Cache of as many, from which infer_next() then goes on; ahead: of
+    make_ahead() for a prompt, or None.
 
     Returns (result, costs). result, None but on the client: the logits (V,) of the last position,
     or its most likely token, or with every_row the logits (T, V). costs: Engine.costs, of this
@@ -53,14 +56,14 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     whole = not layers or layers >= L
     client = engine.rank == CLIENT
     put = partial(put_weights, engine, public["shapes"], weights)
+    at_hand = partial(put, ahead=ahead)
 
     padded = np.pad(ids, (0, T - len(ids)), constant_values=NO_TOKEN) if client else None
     x = embed(engine, public["embedding"], c, weights, T, padded, told, whole)  # (T, d)
 
-    last, seen = row_masks(len(ids) - 1, T) if client else (None, None)
+    row = row_of(len(ids) - 1, T) if client else Row(None, None, None)
     if not every_row:  # which row is the last is the client's secret
-        last = engine.put((1, T), CLIENT, last)
-        seen = engine.put((1, T), CLIENT, seen)
+        row = Row(*(engine.put((1, T), CLIENT, mask) for mask in row))
 
     one_row = not every_row and not engine.plain  # the last layer makes what a next token needs
     inner = [i for i in layers_of(public["shapes"]) if i < L - 1 or not one_row]
@@ -69,22 +72,22 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
         if engine.plain:
             x = plain_block(op, x, put(f"blocks.{i}."), c)                      # (T, d)
         else:
-            x = block(op, x, put(f"blocks.{i}."), c, SECURE, units[2 * i:2 * i + 2],
+            x = block(op, x, at_hand(f"blocks.{i}."), c, SECURE, units[2 * i:2 * i + 2],
                       cache and cache.of(i))                                    # (T, d)
         told(f"layer {i + 1}/{L}", costs)
     if one_row:
-        x = last_block(engine.op, x, last, seen, put(f"blocks.{L - 1}."), c, SECURE,
+        x = last_block(engine.op, x, row, put(f"blocks.{L - 1}."), c, SECURE,
                        units[2 * L - 2:2 * L], cache and cache.of(L - 1))       # (1, d)
         told(f"layer {L}/{L}", costs)
     elif not every_row:
-        x = engine.op("head", jnp.matmul, last, x)                              # (1, d)
+        x = engine.op("head", jnp.matmul, row.last, x)                            # (1, d)
 
     if engine.plain:
         y = plain_head(engine.op, x, put(*HEAD), c)                             # (rows, V)
     else:
-        y = head(engine.op, x, put(*HEAD), c, SECURE, units[-1])                # (rows, V)
+        y = head(engine.op, x, at_hand(*HEAD), c, SECURE, units[-1])            # (rows, V)
     if cache:
-        make_room(engine.op, last, cache.layers, cache.room)
+        make_room(engine.op, row.last, cache.layers, cache.room)
     if reveal == "token":
         y = engine.op("argmax", secure_argmax, y)                               # (rows,)
     result = engine.reveal(y)
@@ -94,20 +97,21 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     return result, costs
 
 
-def infer_next(engine, public, weights, token, cache, layers=0, reveal="logits"):
+def infer_next(engine, public, weights, token, cache, layers=0, reveal="logits", ahead=None):
     """
     The pass of one token more, the client's, from where infer() or infer_next() left the cache.
-    All else, and what is returned, as of infer().
+    ahead: of make_ahead(), with a row left, or None. All else, and what is returned, as of infer().
     """
     c = GPTConfig(**public["config"])
     L = c.n_layer
     units = units_of(public)
     costs = engine.costs = []
-    put = partial(put_weights, engine, public["shapes"], weights)
+    put = partial(put_weights, engine, public["shapes"], weights, ahead=ahead)
     position = cache.prompt + cache.further if engine.rank == CLIENT else None
     whole = not layers or layers >= L
 
-    x = embed_next(engine, public["embedding"], c, weights, token, position, whole)  # (1, d)
+    table = ahead and ahead.get(TABLE)
+    x = embed_next(engine, public["embedding"], c, weights, token, position, whole, table)  # (1, d)
     place = put_place(engine, position, cache, c.block_size)
     inner = [i for i in layers_of(public["shapes"]) if i < L - 1]
     for i, times in [*layers_to_run(public["shapes"], inner, layers), (L - 1, 1)]:
@@ -158,14 +162,53 @@ def equal_layers(shapes, layers):
     return [list(group) for _, group in groupby(layers, arrays_of)]
 
 
-def put_weights(engine, shapes, weights, *prefixes):
-    """The server's arrays whose names start with one of the prefixes, as weights_of() has them."""
+def put_weights(engine, shapes, weights, *prefixes, ahead=None):
+    """
+    The server's arrays whose names start with one of the prefixes, as weights_of() has them; those
+    that are in `ahead` as they are there.
+    """
     server = engine.rank == SERVER
     secrets = {}
     for name, shape in shapes.items():
-        if name.startswith(prefixes):
+        if not name.startswith(prefixes):
+            continue
+        if ahead and name in ahead:
+            secrets[name] = ahead[name]
+        else:
             secrets[name] = engine.put(shape, SERVER, weights[name] if server else None)
     return weights_of(secrets, *prefixes)
+
+
+def make_ahead(engine, public, weights, ahead, prompt=0, further=0, told=silent, layers=0):
+    """
+    Have rows at hand in `ahead`, {name: Matrix}, for a pass over a prompt that is padded to so many
+    tokens, all but its embedding and its last layer, and for so many further tokens, whatever they
+    will be. Rows that are there already are not made again. weights, told, layers: as of infer().
+    Returns the costs.
+    """
+    c = GPTConfig(**public["config"])
+    shapes, server = public["shapes"], engine.rank == SERVER
+    costs = engine.costs = []
+    inner = [i for i in layers_of(shapes) if i < c.n_layer - 1]
+    to_run = layers_to_run(shapes, inner, layers)
+    groups = [(f"blocks.{i}.", times, prompt + further) for i, times in to_run]
+    groups += [(f"blocks.{c.n_layer - 1}.", 1, further), (HEAD, 1, bool(prompt) + further)]
+
+    def have(name, shape, rows, times, numbers):
+        matrix = ahead.setdefault(name, Matrix(shape, numbers() if server else None))
+        if rows > matrix.left():
+            op = partial(engine.op, "ahead", times=times)
+            matrix.make(op, engine, rows - matrix.left())
+            told(f"ahead: {name}", costs)
+
+    for prefix, times, rows in groups:
+        for name, shape in shapes.items():
+            if name.startswith(prefix) and len(shape) == 2:
+                have(name, shape, rows, times, lambda: fixed(weights[name]))
+    if public["embedding"] == "private":
+        shape = (c.vocab_size + c.block_size, c.n_embd)
+        have(TABLE, shape, further, 1, lambda: signed(table_of(weights)))
+    return costs
 
 
 def set_up(engine):

@@ -58,7 +58,7 @@ def engine_square(w):
 
 def only(diagonal, x):
     """x where the public mask `diagonal` is set, 0 elsewhere. Price: nothing."""
-    return jnp.where(diagonal, x, 0.0)
+    return jnp.where(diagonal, x, 0)
 
 
 def sum_below(t, edges, terms):
@@ -131,25 +131,17 @@ def exponentials(s):
     exp(logit - row maximum) of the logits s (H, T, T), counted in LOGIT_UNITs, on the causal half;
     0 above the diagonal.
     """
-    return row_exponentials(s, np.tri(s.shape[-1]))
-
-
-def row_exponentials(s, seen, last=None):
-    """
-    The same of any rows s (H, rows, T), where seen (rows, T) is 1; 0 elsewhere. last: see
-    secure_row_exponentials().
-    """
-    s = jnp.where(seen > 0.5, LOGIT_UNIT * s, -jnp.inf)
+    s = jnp.where(np.tri(s.shape[-1], dtype=bool), LOGIT_UNIT * s, -jnp.inf)
     return jnp.exp(s - s.max(-1, keepdims=True))
 
 
 HIDDEN = -2.0**27  # added to a logit: below any other, and 64 bits hold the difference
 
 
-def next_exponentials(s, hidden, left):
+def row_exponentials(s, hidden, left):
     """
     The same of one row s (H, 1, n), at places where hidden (1, n) is 0; 0 where it is HIDDEN. left:
-    see secure_next_exponentials().
+    see secure_row_exponentials().
     """
     s = LOGIT_UNIT * (s + hidden)
     return jnp.exp(s - s.max(-1, keepdims=True))
@@ -211,25 +203,9 @@ def secure_exponentials(s):
     return jnp.concatenate((e, jnp.zeros((H, 1))), 1)[:, place.ravel()].reshape(H, T, T)
 
 
-def secure_row_exponentials(s, seen, last):
+def secure_row_exponentials(s, hidden, left):
     """
-    row_exponentials() of one row s (H, 1, T) which only the client can tell: its secrets are last
-    (1, T), 1 at that row's position, and seen (1, T), 1 up to it.
-
-    Logits are taken less the one at the row's own position. A product with `seen` then makes those
-    that aren't seen 0, the row's own, which can't exceed the maximum; another makes their
-    exponentials 0. Range: logits up to 2^25 units apart, the unseen ones as well.
-    Price: clipped_exp(), a comparison, a choice and two products for an entry. Of few entries a
-    product with the client's secret is 1.15 MB, a ciphertext only begun.
-    """
-    own = (s[:, 0] @ last.T)[:, None]                                         # (H, 1, 1)
-    s = seen * (s - own)                                                      # (H, 1, T)
-    return seen * clipped_exp(s - s.max(-1, keepdims=True))                   # (H, 1, T)
-
-
-def secure_next_exponentials(s, hidden, left):
-    """
-    next_exponentials() of a row that sees itself, whose hidden places are the client's secret. Sums
+    row_exponentials() of a row that sees itself, whose hidden places are the client's secret. Sums
     are local: what is hidden is far below the clip, where secure_exp() is CLIPPED, and that much,
     the client's left (1, n), is taken away again.
 
@@ -332,7 +308,6 @@ EXACT = SimpleNamespace(
     normalise=normalise,
     exponentials=exponentials,
     row_exponentials=row_exponentials,
-    next_exponentials=next_exponentials,
     reciprocal=reciprocal,
     activation={name: exact for name, (_, exact, _) in ACTIVATIONS.items()},
 )
@@ -340,7 +315,6 @@ SECURE = SimpleNamespace(
     normalise=by_rows(secure_normalise),
     exponentials=secure_exponentials,
     row_exponentials=secure_row_exponentials,
-    next_exponentials=secure_next_exponentials,
     reciprocal=secure_reciprocal,
     activation={name: secure for name, (_, _, secure) in ACTIVATIONS.items()},
 )

@@ -36,7 +36,7 @@ from private.meet import (ROLES, end_now, greet, host_port, listen_at, quit_now,
 from private.reply import Run, questions, tokenizer_of  # noqa: E402
 
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain", "max_new_tokens",
-          "prompt_tokens")  # besides model and code
+          "prompt_tokens", "ahead")  # besides model and code
 PROMPT_IDS = "[0-9]{1,9}([,;][0-9]{1,9})*"  # of several prompts, one after each semicolon
 DAY = 24 * 3600
 STEP = 10  # times --timeout that a step may take while the other party shows signs of life

@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from private.block import (HEAD, block, head, last_block, layers_of, logits, row_masks,
+from private.block import (HEAD, Row, block, head, last_block, layers_of, logits, row_of,
                            weights_of)
 from private.files import PRODUCT, check_weights
 from private.nonlinear import ACTIVATION_KIND, CENTRE, EPSILON, EXACT
 
 LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form in shares.py:
-    "scores": 2.0**15,  # in LOGIT_UNITs; two of them must lie within 2^31 of its steps
-    "mix": 2.0**17,     # with 42 fraction bits, or divided with 44
-    "relu": 2.0**15,    # as all of these activations' inputs, with 15 in 32
+    "scores": 2.0**14,      # in LOGIT_UNITs; two of them must lie within 2^31 of its steps,
+    "row_scores": 2.0**14,  # those that are hidden FAR below as well
+    "mix": 2.0**17,         # with 42 fraction bits, or divided with 44
+    "mix_rows": 2.0**17,
+    "relu": 2.0**15,        # as all of these activations' inputs, with 15 in 32
     "gelu": 2.0**15,
 }
 STEP = 2.0**-18            # the engine's resolution,
@@ -134,13 +136,13 @@ def follow(watch, c, arrays, contexts):
         return Both(found.exact + wpe.exact, found.rounded + wpe.rounded)
 
     wpe = both(arrays["wpe"])
-    last, seen = (both(mask) for mask in row_masks(c.block_size - 1, c.block_size))
+    row = Row(*(both(mask) for mask in row_of(c.block_size - 1, c.block_size)))
     xs = [embedded(ids) for ids in contexts]
     for i in layers_of(arrays):
         watch.enter(f"layer {i + 1}", 2 * i)
         w = weights(f"blocks.{i}.")
         if i == c.n_layer - 1:
-            rows = [last_block(watch, x, last, seen, w, c, EXACT) for x in xs]
+            rows = [last_block(watch, x, row, w, c, EXACT) for x in xs]
         xs = [block(watch, x, w, c, EXACT) for x in xs]
     watch.enter("the head", 2 * c.n_layer)
     w = weights(*HEAD)

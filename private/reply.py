@@ -11,7 +11,7 @@ import torch
 
 from model import choose
 from private.engine import CLIENT
-from private.infer import Cache, infer, infer_next
+from private.infer import Cache, infer, infer_next, make_ahead
 
 
 def tokenizer_of(public):
@@ -43,26 +43,32 @@ def questions(engine, prompts):
     goes_on(engine, False)
 
 
-def reply(engine, public, weights, ids, s, chooser, told):
+def padding(s, public):
+    """How many tokens a prompt is padded to."""
+    return s.prompt_tokens or public["config"]["block_size"]
+
+
+def reply(engine, public, weights, ids, s, chooser, told, ahead):
     """
     The tokens behind the prompt ids, at most s.max_new_tokens, as they come: yields (token,
     revealed, costs) of each pass, on the client; None for the first two on the others. s has
-    bench_spu.py's settings; told: see infer(); all else as of infer().
+    bench_spu.py's settings; told: see infer(); ahead: of make_ahead(), or None; all else as of
+    infer().
     """
     client = engine.rank == CLIENT
-    most, padded_to = s.max_new_tokens, s.prompt_tokens or public["config"]["block_size"]
+    most, padded_to = s.max_new_tokens, padding(s, public)
     cache = None
     if most > 1:
         cache = Cache(padded_to, len(ids) if client else None, room=most - 1)
     revealed, costs = infer(engine, public, weights, ids, told, s.measure_layers, s.reveal,
-                            padded_to=padded_to, cache=cache)
+                            padded_to=padded_to, cache=cache, ahead=ahead if s.ahead else None)
     for left in range(most - 1, -1, -1):
         token = chooser.choose(revealed) if client else None
         yield token, revealed, costs
         if not left or not goes_on(engine, client and token not in chooser.ends):
             return
         revealed, costs = infer_next(engine, public, weights, token, cache, s.measure_layers,
-                                     s.reveal)
+                                     s.reveal, ahead)
 
 
 class Chooser:
@@ -130,6 +136,7 @@ class Run:
         self.whole = not 0 < s.measure_layers < self.layers
         self.encoding = tokenizer_of(public) if public["tokenizer"] else None
         self.chooser = Chooser(s, public["tokenizer"])
+        self.ahead = {} if engine.forms else None  # as the other protocols have other shares
 
     def say(self, line, end="\n"):
         print(line, end=end, file=self.engine.terminal, flush=True)
@@ -151,7 +158,16 @@ class Run:
             self.told(stage, [])
         total = totals(costs)
         return {"bytes": total["bytes_total"], "rounds": total["rounds"],
-                "seconds": total["seconds"], "seconds_wall": self.before - began}
+                "seconds": total["seconds"], "seconds_wall": self.before - began,
+                "bytes_by_kind": total["bytes_by_kind"],
+                "seconds_by_kind": total["seconds_by_kind"]}
+
+    def prepare(self, prompt, further):
+        """make_ahead(). Returns what that cost, in short, and of how many further tokens it was."""
+        there = self.ahead["head"].left() if self.ahead else 0
+        costs = make_ahead(self.engine, self.public, self.weights, self.ahead, prompt, further,
+                           self.told, self.s.measure_layers)
+        return self.spent(costs) | {"rows": max(0, further - there)}
 
     def answer(self, ids):
         """Run one reply to its end. ids: the client's prompt, who sees the text as it comes."""
@@ -161,8 +177,12 @@ class Run:
         mine = {"tokens": [], "text": "", "passes": []}
         self.replies.append(mine)
         self.before = time.time()
+        if self.ahead is not None and most > 1:
+            mine["ahead"] = self.prepare(0, most - 1)
+        if self.s.ahead:
+            mine["prompt_ahead"] = self.prepare(padding(self.s, self.public), most - 1)
         for token, revealed, costs in reply(self.engine, self.public, self.weights, ids, self.s,
-                                            self.chooser, self.told):
+                                            self.chooser, self.told, self.ahead):
             n = len(mine["passes"]) + 1
             mine["passes"].append(self.spent(costs, "" if shown or n == 1 else f"token {n}/{most}"))
             if shown:

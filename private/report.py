@@ -17,7 +17,8 @@ PUBLISHED = {  # the paper's Tables 2, 6, 7, 3: (n_layer, block_size): {arch: (G
 COLORS = {  # of the kinds of operation, in the order of a bar: what is not linear, then the rest
     "GELU": "#d55e00", "ReLU": "#e69f00", "softmax": "#0072b2", "LayerNorm": "#cc79a7",
     "argmax": "#6a3d9a", "temperature": "#56b4e9", "average": "#b2df8a", "pattern": "#b15928",
-    "matmul": "#009e73", "embedding": "#f0e442", "set-up": "#999999", "head": "#000000",
+    "matmul": "#009e73", "ahead": "#17becf", "embedding": "#f0e442", "set-up": "#999999",
+    "head": "#000000",
 }
 OTHER = "#8c564b"  # of a kind that is not among these
 SMALL = 0.02  # of the longest bar: a kind that takes less has its figure in the legend
@@ -64,10 +65,10 @@ def same_as_plain(r):
     return "yes" if all(same) else f"NO, {sum(same)} of {len(same)}"
 
 
-def on_average(passes):
-    """MB, messages and seconds of one of these passes."""
+def on_average(passes, n=0):
+    """MB, messages and seconds of one of these passes; or of one of n things that they made."""
     def mean(key):
-        return sum(p[key] for p in passes) / len(passes)
+        return sum(p[key] for p in passes) / (n or len(passes))
 
     return f"{mean('bytes') / 1e6:,.1f} / {mean('rounds'):,.0f} / {mean('seconds'):,.1f}"
 
@@ -97,8 +98,13 @@ def table(results):
         ("tokens", lambda r: f"{tokens_of(r)}" if "replies" in r else ""),
         ("  the first: MB / messages / s",
          lambda r: on_average([reply["passes"][0] for reply in r["replies"]])),
+        ("  made ahead of it",
+         lambda r: on_average([reply["prompt_ahead"] for reply in r["replies"]])),
         ("  a further one",
          lambda r: on_average([one for reply in r["replies"] for one in reply["passes"][1:]])),
+        ("  made ahead of it",
+         lambda r: on_average([reply["ahead"] for reply in r["replies"]],
+                              sum(reply["ahead"]["rows"] for reply in r["replies"]))),
     ]
     if len(results) > 1:
         rows += [

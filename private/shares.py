@@ -18,18 +18,22 @@ bits that its docstring tells. What the values must stay below is in ranges.LIMI
 
 docs/private.md argues that these forms are secure, one by one.
 """
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import spu
 from spu import libspu
 
-from private.block import divide, join_heads, mix, scores
+from private.block import (divide, divide_row, join_heads, mix, mix_rows, row_scores, scores)
+from private.further import next_mix, next_scores
 from private.nonlinear import (CIPHERTEXT, GELU_FAR, GELU_NEAR, LOGIT_UNIT, ROWS, SECURE,
-                               causal_row_max, gelu_terms, secure_exponentials)
+                               causal_row_max, gelu_terms, secure_exponentials,
+                               secure_row_exponentials)
 
 VERSION = "0.9.5"  # of SPU: what a share's bytes mean is no promise of its interface
 CHUNK = 2**26      # bytes of a share in one protobuf
-CLIENT = 0         # rank
+CLIENT, SERVER = 0, 1  # ranks
 
 
 # ------------------------------------------------------------------------------ a share, out and in
@@ -45,17 +49,24 @@ def storage(bits, dtype=np.int32):
     return f"cheetah.BShr<FM{bits},1>" if dtype == np.bool_ else f"cheetah.AShr<FM{bits}>"
 
 
+def private(bits, owner):
+    """SPU's name of what is one party's own: to the other it is 0."""
+    return f"Priv2k<FM{bits},{owner}>"
+
+
 def numbers(share, bits, shape, dtype, rank):
     """
     The integers mod 2^bits of a libspu.Share. What XLA found to be public, such as x - x, is the
-    client's share, and the server's is 0. RuntimeError if it is another kind of share.
+    client's share, and the server's is 0; what is one party's own is its share, and the other's 0.
+    RuntimeError if it is another kind of share.
     """
     meta = libspu.ValueMeta()
     meta.ParseFromString(share.meta)
     public = meta.storage_type == f"Pub2k<FM{bits}>"
+    known = {storage(bits, dtype), private(bits, CLIENT), private(bits, SERVER)}
     content = b"".join(content_of(chunk) for chunk in share.share_chunks)
     size = int(np.prod(shape)) * bits // 8
-    if not (public or meta.storage_type == storage(bits, dtype)) or len(content) != size:
+    if not (public or meta.storage_type in known) or len(content) != size:
         raise RuntimeError(f"a share is {meta.storage_type} of {len(content)} bytes, where "
                            f"{storage(bits, dtype)} of {size} is due")
     found = np.frombuffer(content, f"u{bits // 8}").reshape(shape)
@@ -68,17 +79,21 @@ def content_of(chunk):
     return parsed.content
 
 
-def share_of(array, bits, dtype):
+def share_of(array, bits, dtype, owner=None):
     """
     The libspu.Share of integers mod 2^bits, of dtype int32 or float32; or of bits, of dtype bool.
+    owner: the rank that has them all, if one has.
     """
     types = {np.float32: libspu.DataType.DT_F32, np.int32: libspu.DataType.DT_I32,
              np.bool_: libspu.DataType.DT_I1}
     meta = libspu.ValueMeta()
     meta.data_type = types[dtype]
     meta.visibility = spu.Visibility.VIS_SECRET
-    meta.shape = list(array.shape)
     meta.storage_type = storage(bits, dtype)
+    if owner is not None:
+        meta.visibility = spu.Visibility.VIS_PRIVATE
+        meta.storage_type = private(bits, owner)
+    meta.shape = list(array.shape)
     share = libspu.Share()
     share.meta = meta.SerializeToString()
     content = np.ascontiguousarray(array, f"u{bits // 8}").tobytes()
@@ -110,6 +125,7 @@ EXP_BITS = 42                 # of exp(-x) in the product of the parties' factor
 LOW, HIGH = 2.0**13, 2.0**29  # LOW HIGH = 2^42, and neither factor passes 2^30
 E_BITS = EXP_BITS - FRACTION  # what is left of the 42,
 Y_BITS = 26                   # and what a sum of weighted values takes into its division
+FAR = 2**30                   # steps that what a row hides lies below: LIMITS keep the rest above
 NARROW_BITS = 15              # of an activation's input where it is compared
 
 
@@ -142,6 +158,11 @@ def steps_below(s):
     """Causal entries of s (H, T, T) less their row's largest, in steps: 1 - STEPS to 0."""
     i, j = np.tril_indices(s.shape[-1])
     return jnp.maximum((s - causal_row_max(s))[:, i, j], 1 - STEPS)           # (H, T (T + 1) / 2)
+
+
+def row_steps_below(s):
+    """The same of rows that see all: s (H, 1, n)."""
+    return jnp.maximum(s - s.max(-1, keepdims=True), 1 - STEPS)
 
 
 def chosen(first, change, top):
@@ -177,32 +198,49 @@ def where(bits, x):
     return jnp.where(bits, x, 0.0)
 
 
-def times_transposed(q, k):
-    return q @ k.transpose(0, 2, 1)
-
-
 def scaled(x, bits):
-    """x 2^bits. A step of its own: XLA makes (y 2^a) r 2^b into y r 2^(a + b), and 2^-26 is 0."""
+    """
+    x 2^bits, bits from -16 on. A step of its own: XLA makes (y 2^a) r 2^b into y r 2^(a + b), and
+    of a smaller factor SPU makes a larger one and a second truncation, right up to 2^45 alone.
+    """
     return x * 2.0**bits
 
 
+ODD = 65537  # 2^-18 ODD is no small factor
+ODD_INVERSE = np.uint64(pow(ODD, -1, 2**64))
+
+
+def times_odd(x):
+    return x * (ODD * 2.0**-FRACTION)
+
+
+def truncated(op, engine, share):
+    """
+    The secret of a share's numbers without 18 of their fraction bits. They are divided by ODD
+    first, mod 2^64, whatever that makes of them, as the factor has ODD again.
+    """
+    return op(times_odd, engine.hold(share * ODD_INVERSE, dtype=np.float32))
+
+
 # ---------------------------------------------------------------------------------------- the forms
-def integers(engine, secret, bits):
-    """This party's share of a secret as integers of that many fraction bits; float32's get more."""
-    extra = bits - FRACTION if secret.dtype == np.float32 else 0
-    return engine.numbers(secret) << np.uint64(extra)
+def in_integers(function):
+    """The form of a product: that of its values as integers, 18 fraction bits of a float32's."""
+    product_of = partial(function)  # which has no form
+
+    def form(op, engine, *secrets, **static):
+        whole = [engine.hold(engine.numbers(secret)) for secret in secrets]
+        return op(product_of, *whole, **static)
+    return form
 
 
-def heads_of(qkv, n_head):
-    """split_heads() of a share: (T, 3 d) -> Q, K, V, each (H, T, d_k)."""
-    T = len(qkv)
-    return qkv.reshape(T, 3, n_head, -1).transpose(1, 2, 0, 3)
+def mixed(function):
+    """The form of weights, integers of E_BITS, times what they weigh -> Y_BITS as float32."""
+    in_all_bits = in_integers(function)                                       # EXP_BITS
 
-
-def scores_form(op, engine, qkv, n_head):
-    """Q K^T as integers of S_BITS fraction bits, without a truncation."""
-    q, k, _ = heads_of(engine.numbers(qkv), n_head)
-    return op(times_transposed, engine.hold(q), engine.hold(k))               # (H, T, T)
+    def form(op, engine, *secrets, **static):
+        y = engine.numbers(in_all_bits(op, engine, *secrets, **static))
+        return op(scaled, engine.hold(y, dtype=np.float32), bits=Y_BITS - EXP_BITS)
+    return form
 
 
 def exponentials_form(op, engine, s):
@@ -210,20 +248,45 @@ def exponentials_form(op, engine, s):
     exp(logit - row maximum) on the causal half, 0 above it, as integers of E_BITS fraction bits;
     s (H, T, T): integers of S_BITS.
 
-    With x = v_0 + v_1 + 2 STEPS (top_0 and top_1) steps, see own_half(), exp(-x) is a product of
-    two numbers. The client has one, exp(-v_0). The server has the other twice, for either top_0:
-    the client's bit chooses. So this takes a choice and a product of the client's with a secret.
-
-    Price: row maxima and clip 54 bytes each, where they take 98 mod 2^64; choice 16; product 143.
-    Error: 2e-4. A logit more than 11.4 nats below its row's largest counts as 1e-5 or 0.
+    Price: row maxima and clip 54 bytes each, where they take 98 mod 2^64; and exp_of().
     """
-    steps = without_low_bits(integers(engine, s, S_BITS) * np.uint64(FACTOR), DROPPED)
-    x = op(steps_below, engine.hold(steps, bits=32))                          # (H, T (T + 1) / 2)
+    x = op(steps_below, engine.hold(in_steps(engine, s), bits=32))            # (H, T (T + 1) / 2)
+    return engine.hold(among_zeros(exp_of(op, engine, x), s.shape[-1]))       # (H, T, T)
+
+
+def row_exponentials_form(op, engine, s, hidden, left):
+    """
+    The same of one row, s (H, 1, n), 0 where the client's `hidden` (1, n) isn't. It takes what it
+    hides FAR below all else, and makes its factor there 0.
+    """
+    hides = engine.numbers(hidden) != 0                                       # (1, n)
+    steps = in_steps(engine, s) - np.where(hides, np.uint32(FAR), np.uint32(0))
+    x = op(row_steps_below, engine.hold(steps, bits=32))                      # (H, 1, n)
+    return engine.hold(exp_of(op, engine, x, hides))
+
+
+def in_steps(engine, s):
+    """A share of logits, integers of S_BITS, counted in steps mod 2^32."""
+    return without_low_bits(engine.numbers(s) * np.uint64(FACTOR), DROPPED)
+
+
+def exp_of(op, engine, x, hides=False):
+    """
+    A share of exp(x) of E_BITS fraction bits, 0 where the client hides x: steps, 1 - STEPS to 0.
+
+    With -x = v_0 + v_1 + 2 STEPS (top_0 and top_1), see own_half(), it is a product of two numbers.
+    The client has one, exp(-v_0). The server has the other twice, for either top_0: the client's
+    bit chooses. So this takes a choice and a product of the client's with a secret.
+
+    Price: choice 16 bytes; product 143. Error: 2e-4. What is more than 11.4 nats below its row's
+    largest counts as 1e-5 or 0.
+    """
     v, top = own_half(-engine.numbers(x).ravel())
     factor = None
     first = change = np.zeros(v.shape)
     if engine.rank == CLIENT:
-        factor = client_factor(v, top) / 2.0**FRACTION
+        shown = ~np.broadcast_to(hides, x.shape).ravel()
+        factor = client_factor(v, top) / 2.0**FRACTION * shown
     else:
         first, second = server_factors(v, top)
         change = second - first
@@ -232,8 +295,7 @@ def exponentials_form(op, engine, s):
     first, change = (engine.hold(signed(a), dtype=np.float32) for a in (first, change))
     other = op(chosen, first, change, engine.hold(top, dtype=np.bool_))
     zero = engine.hold(np.zeros(1), dtype=np.float32)
-    e = engine.numbers(op(product, factor, other, zero)).reshape(x.shape)
-    return engine.hold(among_zeros(e, s.shape[-1]))                           # (H, T, T)
+    return engine.numbers(op(product, factor, other, zero)).reshape(x.shape)
 
 
 def signed(a):
@@ -249,22 +311,24 @@ def among_zeros(e, T):
     return whole
 
 
-def mix_form(op, engine, e, qkv, n_head):
-    """block.mix() as integers of EXP_BITS fraction bits, without a truncation."""
-    _, _, v = heads_of(engine.numbers(qkv), n_head)
-    return op(jnp.matmul, e, engine.hold(v))                                  # (H, T, d_k)
-
-
 def divide_form(op, engine, y, e, reciprocal, most):
-    """block.divide() -> (T, d), of 18 fraction bits: the row sums of e are local."""
-    total = integers(engine, e, E_BITS).sum(-1, keepdims=True)
+    """block.divide() -> (T, d), of 18 fraction bits; y (H, T, d_k): of Y_BITS."""
+    return engine.hold(join_heads(quotient(op, engine, y, e, reciprocal, most)), dtype=np.float32)
+
+
+def divide_row_form(op, engine, y, e, reciprocal, most):
+    """block.divide_row(): y (H, d_k) -> (1, d)."""
+    y = engine.hold(engine.numbers(y)[:, None], dtype=np.float32)             # (H, 1, d_k)
+    return divide_form(op, engine, y, e, reciprocal, most)
+
+
+def quotient(op, engine, y, e, reciprocal, most):
+    """A share of y / (the row sums of e), which are local: e (H, T, n), y (H, T, d_k)."""
+    total = engine.numbers(e).sum(-1, keepdims=True)
     total = op(scaled, engine.hold(total, dtype=np.float32), bits=FRACTION - E_BITS)
     r = op(reciprocal, total, most=most)                                      # (H, T, 1)
-    y = engine.hold(integers(engine, y, EXP_BITS), dtype=np.float32)
-    y = op(scaled, y, bits=Y_BITS - EXP_BITS)                                 # (H, T, d_k)
-    y = op(jnp.multiply, y, r)
-    y = engine.numbers(op(scaled, y, bits=FRACTION - Y_BITS))
-    return engine.hold(join_heads(y), dtype=np.float32)
+    y = op(jnp.multiply, y, r)                                                # (H, T, d_k)
+    return engine.numbers(op(scaled, y, bits=FRACTION - Y_BITS))
 
 
 def in_rows(form):
@@ -302,11 +366,13 @@ def gelu_share(op, engine, share):
     return relu + chosen_terms.sum(0, dtype=np.uint64)
 
 
-FORMS = {  # the first four all or none: they hand integers on
-    scores: scores_form,
+FORMS = {  # but for the activations all or none: they hand integers on
+    **{f: in_integers(f) for f in (scores, row_scores, next_scores)},
     secure_exponentials: exponentials_form,
-    mix: mix_form,
+    secure_row_exponentials: row_exponentials_form,
+    **{f: mixed(f) for f in (mix, mix_rows, next_mix)},
     divide: divide_form,
+    divide_row: divide_row_form,
     SECURE.activation["relu"]: in_rows(relu_share),
     SECURE.activation["gelu"]: in_rows(gelu_share),
     SECURE.activation["gelu_tanh"]: in_rows(gelu_share),

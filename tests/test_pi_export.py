@@ -12,7 +12,7 @@ jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 from pi_export import export  # noqa: E402
 from private.block import (  # noqa: E402
-    HEAD, WORDS, block, ffn, forward, head, last_block, layers_of, linear, logits, now, row_masks,
+    HEAD, WORDS, block, ffn, forward, head, last_block, layers_of, linear, logits, now, row_of,
     weights_of)
 from private.files import check_shapes, load_weights  # noqa: E402
 from private.further import forward_next, make_room, place_of  # noqa: E402
@@ -181,7 +181,7 @@ def test_every_step_is_cached_by_what_it_is(name):
     c, T = model.config, SMALL["block_size"]
     x = np.ones((T, c.n_embd), np.float32)
     for form in (lambda op, w: block(op, x, w, c, SECURE),
-                 lambda op, w: last_block(op, x, *row_masks(3, T), w, c, SECURE)):
+                 lambda op, w: last_block(op, x, row_of(3, T), w, c, SECURE)):
         steps = []
         for i in (0, 1):
             steps.append([])
@@ -304,7 +304,7 @@ def test_a_further_token_by_one_row(name):
     caches = {}
     with jax.experimental.enable_x64():
         arrays = export(model, np.float64)
-        last, _ = row_masks(4, 8)
+        last = row_of(4, 8).last
         got = [forward(arrays, c, padded, row=4, caches=caches)]
         make_room(now, last, caches, T - 5)
         for position in range(5, T):
