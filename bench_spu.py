@@ -51,6 +51,8 @@ prompt_ids = ""          # or its token ids, such as 1,2,3, for a model without 
 prompts = ""             # or a text file, a prompt on each line: one after the other
 max_new_tokens = 1       # how many tokens the reply may have: the parties know
 prompt_tokens = 0        # how many the prompt is padded to: the parties know; 0: the context
+guesses = 0              # tokens behind the known one that a pass scores as well: the parties know
+draft = ""               # client: a checkpoint that guesses them, of the same tokenizer
 ahead = False            # make the prompt's products by weights before asking: sooner answered
 temperature = 0.0        # of the client's choice among revealed logits; 0: the most likely token
 top_k = 0                # and that among so many of the likeliest; 0: all
@@ -92,16 +94,16 @@ seed = 1337
 DAY = 24 * 3600
 BOUNDS = {  # least and most
     "timeout": (5, DAY), "connect_timeout": (1, DAY), "measure_layers": (0, 1000),
-    "max_new_tokens": (1, 2**16), "prompt_tokens": (0, 2**16), "temperature": (0, 1e6),
-    "top_k": (0, 2**24), "windows": (0, 10000), "seed": (0, 2**63 - 1),
+    "max_new_tokens": (1, 2**16), "prompt_tokens": (0, 2**16), "guesses": (0, 2**10),
+    "temperature": (0, 1e6), "top_k": (0, 2**24), "windows": (0, 10000), "seed": (0, 2**63 - 1),
     "n_layer": (1, 1000), "n_head": (1, 1000),
     "n_embd": (1, 2**16), "block_size": (1, 2**16), "vocab_size": (1, 2**20),
 }
 MODEL = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "final_layernorm",
          "temperature_init", "bias", "gelu_tanh", "uniform_layers", "positional_layers")
 ROLE_BOTH = ("ckpt", "archs", "network", "baseline", "chart", "from_json")
-PATHS = ("private", "public", "prompts", "windows_file", "tls", "json", "logits_file", "chart",
-         "from_json")
+PATHS = ("private", "public", "draft", "prompts", "windows_file", "tls", "json", "logits_file",
+         "chart", "from_json")
 RESULT = {"arch", "n_layer", "protocol", "bytes_total", "bytes_by_kind", "measured_layers"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -179,7 +181,7 @@ def describe(model, name, s):
         "flops": model.flops(),
         "settings": {"reveal": reveal, "embedding": embedding, "tls": bool(tls), "seed": seed,
                      "max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens,
-                     "ahead": ahead, "temperature": temperature, "top_k": top_k,
+                     "ahead": ahead, "guesses": guesses, "temperature": temperature, "top_k": top_k,
                      "plain": s.plain, "weights": "random" if archs else "trained"},
         "versions": {"spu": spu.__version__, "torch": torch.__version__,
                      "numpy": numpy.__version__, "python": platform.python_version()},
@@ -218,6 +220,10 @@ def check_settings(given):
     if (plain or baseline) and (max_new_tokens > 1 or prompt_tokens):
         die("--plain and --baseline are of one token behind a whole context: not with "
             "--max_new_tokens or --prompt_tokens", 2)
+    if role in ("both", "client") and bool(draft) != (guesses > 0):
+        die("--draft, which guesses, and --guesses, how many tokens, go together", 2)
+    if guesses and max_new_tokens == 1:
+        die("--guesses are of further tokens: give --max_new_tokens as well", 2)
     if ahead and (protocol != "cheetah" or plain or baseline):
         die("--ahead is of the protocol cheetah, and not of --plain or --baseline", 2)
     if network != "none" and protocol == "aby3":

@@ -156,8 +156,7 @@ def without_softmax(op, n, w, cache=None):
 def mix_by_position(A, v):
     """A (H, T, T) or more, v (T, d), whose heads are side by side -> A V (T, d)."""
     T, H = len(v), len(A)
-    v = v.reshape(T, H, -1).transpose(1, 0, 2)                                 # (H, T, d_k)
-    return join_heads(A[:, :T, :T] @ v)
+    return join_heads(A[:, :T, :T] @ heads(v, H))
 
 
 def layers_in(w):
@@ -210,8 +209,12 @@ def logits(x, W, b=None):
 
 def split_heads(qkv, n_head):
     """(T, 3 d) -> Q, K, V, each (H, T, d_k)."""
-    T = len(qkv)
-    return [a.reshape(T, n_head, -1).transpose(1, 0, 2) for a in jnp.split(qkv, 3, axis=1)]
+    return [heads(a, n_head) for a in jnp.split(qkv, 3, axis=1)]
+
+
+def heads(a, n_head):
+    """(T, d) -> (H, T, d_k)."""
+    return a.reshape(len(a), n_head, -1).transpose(1, 0, 2)
 
 
 def join_heads(y):
@@ -259,11 +262,13 @@ def keys_values(n, W, b=None):
     return linear(n, without_queries(W))
 
 
-def by_own_temperature(q, inverse_t, last):
-    """q (1, d), each head's part times its inverse_t (H, T, 1) at the row that `last` marks."""
-    d_k = q.shape[1] // len(inverse_t)
-    own = last @ inverse_t[:, :last.shape[1]]                                  # (H, 1, 1)
-    return q * jnp.repeat(own.ravel(), d_k)
+def by_own_temperature(q, inverse_t, at):
+    """
+    Rows q (k, d), each head's part times its inverse_t (H, T, 1) at the row's position, which `at`
+    (k, T) marks.
+    """
+    own = at @ inverse_t[:, :at.shape[1]]                                      # (H, k, 1)
+    return join_heads(heads(q, len(inverse_t)) * own)
 
 
 def own_columns(n_head, d):

@@ -52,27 +52,28 @@ def embed(engine, embedding, c, weights, T, ids, told, whole):
     return engine.op("embedding", place, found, wpe)                            # (T, d)
 
 
-def embed_next(engine, embedding, c, weights, token, position, whole, ahead=None):
+def embed_next(engine, embedding, c, weights, k, tokens, positions, whole, ahead=None):
     """
-    The embedding (1, d) of one token more, whose id and position are the client's: by one row with
-    two ones, over a table of the tokens and the positions. ahead: the table's Matrix, or None.
+    The embedding (k, d) of k tokens more, whose ids and positions, (k,) both, are the client's: by
+    rows with two ones, over a table of the tokens and the positions. ahead: the table's Matrix, or
+    None.
     """
     V, T, d = c.vocab_size, c.block_size, c.n_embd
     client, server = engine.rank == CLIENT, engine.rank == SERVER
     if embedding != "private":
-        x = (weights["wte"][token] + weights["wpe"][position])[None] if client else None
-        return engine.put((1, d), CLIENT, x)
+        x = weights["wte"][tokens] + weights["wpe"][positions] if client else None
+        return engine.put((k, d), CLIENT, x)
+    hot = np.zeros((k, V + T), np.uint64)
+    if client:
+        hot[np.arange(k), tokens] = 1
+        hot[np.arange(k), V + positions] = 1
     if ahead:
-        hot = np.zeros((1, V + T), np.uint64)
-        hot[0, [token, V + position] if client else []] = 1
-        return engine.by_form(sum_of_rows, "embedding", hot, ahead, times=1)    # (1, d)
+        return engine.by_form(sum_of_rows, "embedding", hot, ahead, times=1)    # (k, d)
     table = table_of(weights) if server else None
     pieces = in_pieces(V + T, CIPHERTEXT)  # of a row, the engine sends whole ciphertexts
-    asked = None
-    if client:
-        asked = [((piece == token) | (piece == V + position))[None] for piece in pieces]
-    found = answers(engine, 1, asked, pieces, table, d, silent, whole)          # (1, d) each
-    return engine.op("embedding", in_ones, engine.op("embedding", add_up, *found))  # (1, d)
+    asked = [hot[:, piece] for piece in pieces]
+    found = answers(engine, k, asked, pieces, table, d, silent, whole)          # (k, d) each
+    return engine.op("embedding", in_ones, engine.op("embedding", add_up, *found))  # (k, d)
 
 
 def whole_numbers(table):
@@ -123,7 +124,7 @@ def answers(engine, questions, asked, pieces, table, d, told, whole):
 
 
 def sum_of_rows(op, engine, hot, table):
-    """hot (1, rows), the client's, times a Matrix of whole numbers."""
+    """hot (k, rows), the client's, times a Matrix of whole numbers."""
     return op(in_ones, engine.hold(product(engine, hot, table)))
 
 

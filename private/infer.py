@@ -14,7 +14,7 @@ from private.ahead import Matrix, fixed
 from private.block import HEAD, Row, block, head, last_block, layers_of, row_of, weights_of
 from private.embed import NO_TOKEN, TABLE, embed, embed_next, silent, table_of
 from private.engine import CLIENT, SERVER
-from private.further import Place, make_room, next_block, place_of
+from private.further import Place, Seats, make_room, next_block
 from private.nonlinear import SECURE, secure_argmax
 from private.plain import plain_block, plain_head
 from private.shares import signed
@@ -23,10 +23,10 @@ from private.shares import signed
 @dataclass
 class Cache:
     """What the engine keeps of a prompt and of the tokens behind it."""
+    seats: Seats | None                         # who sits where in it, as the client alone knows
     padded: int                                 # places of the prompt
-    prompt: int | None                          # its tokens, as the client alone knows
-    room: int                                   # places for further ones, all that may come
-    further: int = 0                            # those that have come
+    room: int                                   # places for further rows, all that may come
+    kept: int = 1                               # of how many rows there are means
     layers: dict = field(default_factory=dict)  # by layer, see block()
 
     def of(self, layer):
@@ -97,42 +97,40 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     return result, costs
 
 
-def infer_next(engine, public, weights, token, cache, layers=0, reveal="logits", ahead=None):
+def infer_next(engine, public, weights, k, tokens, cache, layers=0, reveal="logits", ahead=None):
     """
-    The pass of one token more, the client's, from where infer() or infer_next() left the cache.
-    ahead: of make_ahead(), with a row left, or None. All else, and what is returned, as of infer().
+    The pass of k tokens more, (k,), the client's, from where infer() or infer_next() left the
+    cache. ahead: of make_ahead(), with k rows left, or None. All else as of infer(); the result is
+    of every row.
     """
     c = GPTConfig(**public["config"])
     L = c.n_layer
     units = units_of(public)
     costs = engine.costs = []
     put = partial(put_weights, engine, public["shapes"], weights, ahead=ahead)
-    position = cache.prompt + cache.further if engine.rank == CLIENT else None
     whole = not layers or layers >= L
-
     table = ahead and ahead.get(TABLE)
-    x = embed_next(engine, public["embedding"], c, weights, token, position, whole, table)  # (1, d)
-    place = put_place(engine, position, cache, c.block_size)
+
+    positions = cache.seats.positions(k) if engine.rank == CLIENT else None
+    x = embed_next(engine, public["embedding"], c, weights, k, tokens, positions, whole, table)
+    place = put_place(engine, cache, k, c.block_size)
     inner = [i for i in layers_of(public["shapes"]) if i < L - 1]
     for i, times in [*layers_to_run(public["shapes"], inner, layers), (L - 1, 1)]:
         op = partial(engine.op, times=times)
         x = next_block(op, x, place, cache.of(i), put(f"blocks.{i}."), c, SECURE,
-                       units[2 * i:2 * i + 2])                                  # (1, d)
-    y = head(engine.op, x, put(*HEAD), c, SECURE, units[-1])                    # (1, V)
+                       units[2 * i:2 * i + 2])                                  # (k, d)
+    y = head(engine.op, x, put(*HEAD), c, SECURE, units[-1])                    # (k, V)
     if reveal == "token":
-        y = engine.op("argmax", secure_argmax, y)                               # (1,)
-    result = engine.reveal(y)
-    cache.further += 1
-    return result if result is None else result[0], costs
+        y = engine.op("argmax", secure_argmax, y)                               # (k,)
+    return engine.reveal(y), costs
 
 
-def put_place(engine, position, cache, T):
-    """The Place of the next token, at `position`, as secrets of the client's."""
-    mine = Place(*[None] * len(Place._fields))
-    if engine.rank == CLIENT:
-        mine = place_of(position, cache.prompt, cache.padded, cache.room, T)
+def put_place(engine, cache, k, T):
+    """The Place of the next k tokens, as secrets of the client's."""
+    mine = cache.seats.seat(k) if engine.rank == CLIENT else Place(*[None] * len(Place._fields))
     n = cache.room + cache.padded
-    shapes = Place((1, n), (1, n), (T, n), (1, T), (1, 1))
+    shapes = Place((k, n), (k, n), (T, n), (k, T), (k, cache.kept + k))
+    cache.kept = k
     return Place(*(engine.put(shape, CLIENT, a) for shape, a in zip(shapes, mine)))
 
 

@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from configurator import on_signals  # noqa: E402
+from model import GPT, load_checkpoint  # noqa: E402
 from pi_export import held_out  # noqa: E402
 from private.engine import Engine  # noqa: E402
 from private.files import load_embedding, load_public, load_server, write_whole  # noqa: E402
@@ -36,7 +37,7 @@ from private.meet import (ROLES, end_now, greet, host_port, listen_at, quit_now,
 from private.reply import Run, questions, tokenizer_of  # noqa: E402
 
 AGREED = ("protocol", "measure_layers", "reveal", "windows", "plain", "max_new_tokens",
-          "prompt_tokens", "ahead")  # besides model and code
+          "prompt_tokens", "guesses", "ahead")  # besides model and code
 PROMPT_IDS = "[0-9]{1,9}([,;][0-9]{1,9})*"  # of several prompts, one after each semicolon
 DAY = 24 * 3600
 STEP = 10  # times --timeout that a step may take while the other party shows signs of life
@@ -54,7 +55,8 @@ def read_prompts(s, public):
         texts = lines_of(s.prompts) if s.prompts else [s.prompt]
         prompts = [tokenizer_of(public).encode_ordinary(text) for text in texts]
     elif s.archs:  # random weights take a random prompt
-        length = min(s.prompt_tokens or context, max(1, context + 1 - s.max_new_tokens))
+        room = s.max_new_tokens + s.guesses
+        length = min(s.prompt_tokens or context, max(1, context + 1 - room))
         prompts = [np.random.default_rng(s.seed).integers(0, vocabulary, length)]
     else:
         raise ValueError("this model has no tokenizer for --prompt: give --prompt_ids=1,2,3")
@@ -85,9 +87,28 @@ def check_length(s, n, context):
     if n > (s.prompt_tokens or context):
         raise ValueError(f"the prompt has {n} tokens and --prompt_tokens is {s.prompt_tokens}: "
                          "shorten it, or have both sides set more")
-    if n + s.max_new_tokens - 1 > context:
-        raise ValueError(f"the prompt has {n} tokens, --max_new_tokens is {s.max_new_tokens} and "
-                         f"the model's context {context}: {context + 1 - n} would fit")
+    fits = context + 1 - n - (s.guesses if s.max_new_tokens > 1 else 0)
+    if s.max_new_tokens > fits:
+        beside = f", --guesses {s.guesses}" if s.guesses else ""
+        raise ValueError(f"the prompt has {n} tokens, --max_new_tokens is {s.max_new_tokens}"
+                         f"{beside} and the model's context {context}: {max(1, fits)} would fit")
+
+
+def load_draft(s, public):
+    """
+    The client's GPT that guesses, or None. ValueError if it doesn't guess for this model, or the
+    file isn't a checkpoint.
+    """
+    if not s.draft:
+        return None
+    checkpoint = load_checkpoint(s.draft)
+    draft, mine = GPT.from_checkpoint(checkpoint), public["config"]
+    if draft.config.vocab_size != mine["vocab_size"]:
+        raise ValueError(f"--draft={s.draft} has a vocabulary of {draft.config.vocab_size}, and "
+                         f"the model one of {mine['vocab_size']}")
+    if public["tokenizer"] and checkpoint.get("tokenizer") != public["tokenizer"]:
+        raise ValueError(f"--draft={s.draft} has another tokenizer than the model")
+    return draft
 
 
 def in_vocabulary(ids, size, what):
@@ -122,8 +143,8 @@ def check_settings(s, public):
 
 
 def load_own(s):
-    """(public, weights, prompts, texts) of a party, None for what isn't its own to hold."""
-    weights = prompts = texts = None
+    """(public, weights, prompts, texts, draft) of a party, None for what isn't its own to hold."""
+    weights = prompts = texts = draft = None
     if s.role == "server":
         public, weights = load_server(s.private)
         warn_of_readers(os.path.join(s.private, "server.npz"))
@@ -132,10 +153,11 @@ def load_own(s):
     check_settings(s, public)
     if s.role == "client":
         prompts = read_prompts(s, public)
+        draft = load_draft(s, public)
         texts = held_out_windows(s, public) if s.windows else None
         if public["embedding"] != "private":
             weights = load_embedding(os.path.dirname(s.public), public)
-    return public, weights, prompts, texts
+    return public, weights, prompts, texts, draft
 
 
 def agreement(s, public):
@@ -185,7 +207,7 @@ def keep(s, result, revealed, of_windows):
 def one_party(s):
     """Meet, compute, tell. The client prints the reply and writes its result."""
     rank = ROLES.index(s.role)
-    public, weights, prompts, texts = load_own(s)
+    public, weights, prompts, texts, draft = load_own(s)
     addresses = s.peer.split(",")
     addresses.insert(rank, s.listen)
     listen_at(*host_port(s.listen, "--listen")).close()  # SPU has no words for a port that is taken
@@ -194,7 +216,7 @@ def one_party(s):
     engine = Engine(rank, addresses, s.protocol, STEP * s.timeout, s.connect_timeout / 2, s.tls,
                     s.plain, session)
     engine.terminal.reconfigure(errors="backslashreplace")
-    run = Run(s, engine, public, weights)
+    run = Run(s, engine, public, weights, draft)
     set_up(engine)
     run.spent(engine.costs, "set-up")
     of_windows = []

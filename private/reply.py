@@ -7,10 +7,12 @@ wants another. They learn the number of tokens by that, and nothing of what they
 import codecs
 import time
 
+import numpy as np
 import torch
 
 from model import choose
 from private.engine import CLIENT
+from private.further import Seats
 from private.infer import Cache, infer, infer_next, make_ahead
 
 
@@ -50,32 +52,57 @@ def padding(s, public):
 
 def reply(engine, public, weights, ids, s, chooser, told, ahead):
     """
-    The tokens behind the prompt ids, at most s.max_new_tokens, as they come: yields (token,
-    revealed, costs) of each pass, on the client; None for the first two on the others. s has
-    bench_spu.py's settings; told: see infer(); ahead: of make_ahead(), or None; all else as of
-    infer().
+    The tokens behind the prompt ids, at most s.max_new_tokens, as they come: yields (tokens,
+    revealed, costs) of each pass, on the client, a row revealed for each token; None for the first
+    two on the others. s has bench_spu.py's settings; told: see infer(); ahead: of make_ahead(), or
+    None; all else as of infer().
+
+    A pass behind the first takes the last token, and guesses of those after it. A row's token, as
+    the client chooses it, is the model's own, whether it was guessed or not; where it wasn't, the
+    rows behind are of a text that isn't, and are dropped.
     """
     client = engine.rank == CLIENT
-    most, padded_to = s.max_new_tokens, padding(s, public)
-    cache = None
+    most, padded_to, k = s.max_new_tokens, padding(s, public), 1 + s.guesses
+    cache, layers = None, s.measure_layers
     if most > 1:
-        cache = Cache(padded_to, len(ids) if client else None, room=most - 1)
-    revealed, costs = infer(engine, public, weights, ids, told, s.measure_layers, s.reveal,
+        room = (most - 1) * k
+        seats = Seats(len(ids), padded_to, room, public["config"]["block_size"]) if client else None
+        cache = Cache(seats, padded_to, room)
+    revealed, costs = infer(engine, public, weights, ids, told, layers, s.reveal,
                             padded_to=padded_to, cache=cache, ahead=ahead if s.ahead else None)
-    for left in range(most - 1, -1, -1):
-        token = chooser.choose(revealed) if client else None
-        yield token, revealed, costs
-        if not left or not goes_on(engine, client and token not in chooser.ends):
+    tokens = [chooser.choose(revealed)] if client else None
+    text = [*ids, *tokens] if client else None
+    yield tokens, [revealed], costs
+    passes = 1
+    while True:
+        done = not client or len(text) - len(ids) >= most or text[-1] in chooser.ends
+        if passes == most or not goes_on(engine, not done):
             return
-        revealed, costs = infer_next(engine, public, weights, token, cache, s.measure_layers,
-                                     s.reveal, ahead)
+        more = []
+        if ahead is not None and ahead["head"].left() < k:
+            rows = min(most - 1, (most - passes) * k)
+            more = make_ahead(engine, public, weights, ahead, 0, max(rows, k), told, layers)
+        guessed = chooser.guess(text, s.guesses) if client else None
+        fed = np.array([text[-1], *guessed]) if client else None
+        revealed, costs = infer_next(engine, public, weights, k, fed, cache, layers, s.reveal,
+                                     ahead)
+        if client:
+            tokens = chooser.follow(revealed, guessed)[:most - len(text) + len(ids)]
+            cache.seats.drop(k - len(tokens))
+            text += tokens
+        yield tokens, None if revealed is None else revealed[:len(tokens)], more + costs
+        passes += 1
 
 
 class Chooser:
-    """The client's choice of tokens, and which of them end a text."""
+    """
+    The client's choice of tokens, and which of them end a text. draft: a GPT of the client's that
+    guesses, or None.
+    """
 
-    def __init__(self, s, tokenizer):
+    def __init__(self, s, tokenizer, draft=None):
         self.s = s
+        self.draft = draft
         self.ends = set(tokenizer["special"].values()) if tokenizer else set()
         self.generator = torch.Generator().manual_seed(s.seed)
 
@@ -85,6 +112,21 @@ class Chooser:
             return int(revealed)
         logits = torch.from_numpy(revealed).float()[None]
         return int(choose(logits, self.s.temperature, self.s.top_k, self.generator))
+
+    def follow(self, revealed, guessed):
+        """The tokens of a pass: of its rows up to the first that another was guessed to follow."""
+        tokens = []
+        for row, guess in zip(revealed, [*guessed, None]):
+            tokens.append(self.choose(row))
+            if tokens[-1] != guess or guess in self.ends:
+                break
+        return tokens
+
+    def guess(self, text, n):
+        """n tokens that the draft finds likeliest behind a text."""
+        if not n:
+            return []
+        return self.draft.generate(torch.tensor([text]), n, temperature=0)[0, len(text):].tolist()
 
 
 class Text:
@@ -126,7 +168,7 @@ class Run:
     a JSON object for each prompt, and .revealed what was revealed, of all tokens of all replies.
     """
 
-    def __init__(self, s, engine, public, weights):
+    def __init__(self, s, engine, public, weights, draft=None):
         self.s, self.engine, self.public, self.weights = s, engine, public, weights
         self.started = self.before = time.time()
         self.costs = []
@@ -135,7 +177,7 @@ class Run:
         self.layers = public["config"]["n_layer"]
         self.whole = not 0 < s.measure_layers < self.layers
         self.encoding = tokenizer_of(public) if public["tokenizer"] else None
-        self.chooser = Chooser(s, public["tokenizer"])
+        self.chooser = Chooser(s, public["tokenizer"], draft)
         self.ahead = {} if engine.forms else None  # as the other protocols have other shares
 
     def say(self, line, end="\n"):
@@ -181,17 +223,19 @@ class Run:
             mine["ahead"] = self.prepare(0, most - 1)
         if self.s.ahead:
             mine["prompt_ahead"] = self.prepare(padding(self.s, self.public), most - 1)
-        for token, revealed, costs in reply(self.engine, self.public, self.weights, ids, self.s,
-                                            self.chooser, self.told, self.ahead):
+        for tokens, revealed, costs in reply(self.engine, self.public, self.weights, ids, self.s,
+                                             self.chooser, self.told, self.ahead):
             n = len(mine["passes"]) + 1
-            mine["passes"].append(self.spent(costs, "" if shown or n == 1 else f"token {n}/{most}"))
+            mine["passes"].append(self.spent(costs, "" if shown or n == 1 else f"pass {n}"))
+            if ids is not None:
+                mine["passes"][-1]["tokens"] = len(tokens)
             if shown:
                 prompt = text.more(ids) if n == 1 else ""
-                more = text.more([] if token in ends else [token])
-                mine["tokens"].append(token)
+                more = text.more([token for token in tokens if token not in ends])
+                mine["tokens"] += tokens
                 mine["text"] += more
-                self.revealed.append(revealed)
-                self.say(prompt + more if most > 1 else self.next_token(token), end="")
+                self.revealed += list(revealed)
+                self.say(prompt + more if most > 1 else self.next_token(tokens[0]), end="")
         if shown:
             self.say("")
 
@@ -212,7 +256,7 @@ class Run:
 
     def summary(self):
         """A line of a server's about one client."""
-        tokens = sum(len(reply["passes"]) for reply in self.replies)
-        return (f"served {len(self.replies)} prompts, {tokens} tokens: "
+        passes = sum(len(reply["passes"]) for reply in self.replies)
+        return (f"served {len(self.replies)} prompts, {passes} passes: "
                 f"{totals(self.costs)['bytes_total'] / 1e6:.1f} MB, "
                 f"{time.time() - self.started:.1f} s")

@@ -50,8 +50,14 @@ def layers_run(r):
 
 
 def tokens_of(r):
-    """How many tokens a run made; of one whose result means nothing, passes."""
-    return sum(len(reply["passes"]) for reply in r.get("replies", [{"passes": [None]}]))
+    """How many tokens a run made."""
+    return sum(p.get("tokens", 1) for reply in r.get("replies", [{"passes": [{}]}])
+               for p in reply["passes"])
+
+
+def further(r):
+    """The passes of a run that made further tokens."""
+    return [p for reply in r["replies"] for p in reply["passes"][1:]]
 
 
 def same_as_plain(r):
@@ -100,11 +106,14 @@ def table(results):
          lambda r: on_average([reply["passes"][0] for reply in r["replies"]])),
         ("  made ahead of it",
          lambda r: on_average([reply["prompt_ahead"] for reply in r["replies"]])),
+        ("  tokens to a further pass",
+         lambda r: f"{(tokens_of(r) - len(r['replies'])) / len(further(r)):.2f}"
+         if r["settings"]["guesses"] else ""),
         ("  a further one",
-         lambda r: on_average([one for reply in r["replies"] for one in reply["passes"][1:]])),
+         lambda r: on_average(further(r), tokens_of(r) - len(r["replies"]))),
         ("  made ahead of it",
          lambda r: on_average([reply["ahead"] for reply in r["replies"]],
-                              sum(reply["ahead"]["rows"] for reply in r["replies"]))),
+                              tokens_of(r) - len(r["replies"]))),
     ]
     if len(results) > 1:
         rows += [

@@ -337,6 +337,27 @@ def test_a_reply_is_the_text_of_the_clear(name, seed, tokens, args, tmp_path):
     assert r["max_abs_err"] < 0.02 * 10
 
 
+@pytest.mark.parametrize("seed, least, most, args", [
+    (33, 3, 3, ["--ahead=True"]),  # the model itself, which guesses right
+    (34, 4, 6, ["--protocol=semi2k"]),
+])
+def test_guesses_change_no_token(seed, least, most, args, tmp_path):
+    """A pass scores two guesses of another model's beside the last token: in as many passes."""
+    model = loud("SM+ScFuFFN of all kinds", 33)
+    for name, one in (("ckpt", model), ("draft", loud("SM+ScFuFFN of all kinds", seed))):
+        save_checkpoint(str(tmp_path / f"{name}.pt"), one, tokenizer=TOKENIZER)
+    (r,), out = results_of(tmp_path, f"--ckpt={tmp_path / 'ckpt.pt'}", f"--prompt={PROMPT}",
+                           f"--draft={tmp_path / 'draft.pt'}", "--guesses=2",
+                           "--max_new_tokens=6", *args)
+    (answer,) = r["replies"]
+    assert answer["tokens"] == r["plain_tokens"] == greedy(model, PROMPT, 6)
+    assert least <= len(answer["passes"]) <= most
+    assert sum(p["tokens"] for p in answer["passes"]) == 6
+    assert "tokens to a further pass" in out
+    if "--ahead=True" in args:
+        assert answer["prompt_ahead"]["bytes"] > 0 < answer["ahead"]["bytes"]
+
+
 def test_a_reply_of_two_roles_by_tokens_alone(exported, tmp_path):
     """The server hears the number of tokens. Not the client's prompt, nor what it gets."""
     folder, model = exported
@@ -347,7 +368,7 @@ def test_a_reply_of_two_roles_by_tokens_alone(exported, tmp_path):
     assert (client.returncode, server.returncode) == (0, 0), out + server_out
     (answer,) = json.loads((tmp_path / "r.json").read_text())["replies"]
     assert answer["tokens"] == greedy(model, PROMPT, 4)
-    assert "token 4/4" in server_out
+    assert "\npass 4 " in server_out
     assert PROMPT not in server_out
 
 
@@ -385,7 +406,7 @@ def test_a_server_serves_one_client_after_the_other(exported, tmp_path):
     server.send_signal(signal.SIGINT)
     lines = server.communicate(timeout=10)[0].splitlines()
     said = [line.split(":")[0] for line in lines]
-    assert said == ["served 2 prompts, 6 tokens", "error", "error", "served 1 prompts, 3 tokens",
+    assert said == ["served 2 prompts, 6 passes", "error", "error", "served 1 prompts, 3 passes",
                     "stopped by SIGINT"]
 
 
@@ -603,6 +624,11 @@ TOO_LONG = "tokens and the model's context is 16"
     (["--archs=sm_scfuffn_positional", "--n_layer=4", "--positional_layers=5"], 2, "and is 5"),
     ([*CKPT, "--serve=True"], 2, "--serve is for --role=server"),
     ([*CKPT, "--plain=True", "--max_new_tokens=2"], 2, "--plain and --baseline"),
+    ([*CKPT, "--guesses=2", "--max_new_tokens=2"], 2, "go together"),
+    ([*CKPT, "--guesses=2", "--draft={folder}/ckpt.pt"], 2, "give --max_new_tokens as well"),
+    ([*CLIENT, *PLACES, "--prompt=def", "--max_new_tokens=2", "--guesses=1",
+      "--draft={folder}/none.pt"], 1, "no checkpoint at"),
+    ([*CKPT, "--ahead=True", "--protocol=semi2k"], 2, "--ahead is of the protocol cheetah"),
     (["--archs=sm_lng"], 2, "no architecture 'sm_lng'"),
     (["--archs=sm_ln_g", "--n_head=5"], 2, "cannot be split"),
     (["--archs=sm_ln_g", "--uniform_layers=13"], 2, "at most n_layer=12, and is 13"),
@@ -636,6 +662,7 @@ def test_one_line_says_what_is_wrong(args, status, words, exported, tmp_path):
     ({"prompt_ids": "1,300"}, "outside the model's vocabulary of 300"),
     ({"prompt_ids": "one"}, "--prompt_ids must be like 1,2,3, and is 'one'"),
     ({"max_new_tokens": 9}, "16: 8 would fit"),
+    ({"max_new_tokens": 8, "guesses": 3}, "--guesses 3 and the model's context 16: 5 would fit"),
     ({"prompt_tokens": 2}, "--prompt_tokens is 2"),
     ({"prompts": "nowhere.txt"}, "can't read --prompts=nowhere.txt"),
     ({"prompts": "/dev/null"}, "--prompts=/dev/null has no prompt"),
@@ -643,7 +670,7 @@ def test_one_line_says_what_is_wrong(args, status, words, exported, tmp_path):
 ])
 def test_a_prompt_that_the_model_cannot_take_is_refused(given, words):
     s = SimpleNamespace(prompt=PROMPT, prompt_ids="", prompts="", max_new_tokens=1,
-                        prompt_tokens=0, archs="", seed=0)
+                        prompt_tokens=0, archs="", seed=0, guesses=0)
     public = {"config": {"vocab_size": 300, "block_size": 16}, "tokenizer": TOKENIZER}
     for key, value in given.items():
         if key in public:

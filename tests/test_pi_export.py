@@ -15,7 +15,7 @@ from private.block import (  # noqa: E402
     HEAD, WORDS, block, ffn, forward, head, last_block, layers_of, linear, logits, now, row_of,
     weights_of)
 from private.files import check_shapes, load_weights  # noqa: E402
-from private.further import forward_next, make_room, place_of  # noqa: E402
+from private.further import Seats, forward_next, make_room  # noqa: E402
 from private.nonlinear import EXACT, SECURE  # noqa: E402
 from private.infer import equal_layers  # noqa: E402
 from private.plain import plain_block, plain_export, plain_head  # noqa: E402
@@ -290,25 +290,34 @@ def test_the_secure_forward_pass_is_near_the_exact_one(in_the_clear, name):
         assert np.abs(secure - (exact if row is None else exact[row])).max() < 1e-2
 
 
+@pytest.mark.parametrize("passes", [
+    [(1, 1)] * 5,
+    [(3, 1), (3, 3), (1, 1)],
+    [(2, 1), (4, 2), (3, 2)],
+])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_further_token_by_one_row(name):
+def test_further_tokens_by_their_rows(name, passes):
     """
-    Behind a prompt of 5, padded to 8 by whatever: the rows at its own positions in the clear, up to
-    the end of the context.
+    Behind a prompt of 5, padded to 8 by whatever: the rows at its own positions in the clear.
+    passes: of how many rows, and how many of these count; the others are of any tokens, and
+    dropped.
     """
     model = build(**VARIANTS[name])
     c, T = model.config, SMALL["block_size"]
     idx = tokens(B=1, T=T)
     wanted, hot = clear_logits(model, idx), one_hot(idx[0])
     padded = np.concatenate((hot[:5], np.roll(hot[:3], 1, axis=1)))
-    caches = {}
+    caches, room = {}, sum(k for k, _ in passes)
+    seats = Seats(5, 8, room, T)
     with jax.experimental.enable_x64():
         arrays = export(model, np.float64)
         last = row_of(4, 8).last
         got = [forward(arrays, c, padded, row=4, caches=caches)]
-        make_room(now, last, caches, T - 5)
-        for position in range(5, T):
-            place = place_of(position, 5, 8, T - 5, T)
-            token = hot[position:position + 1]
-            got.append(forward_next(arrays, c, token, place, caches))
-    assert np.abs(np.concatenate(got) - wanted[4:]).max() < rounding(wanted)
+        make_room(now, last, caches, room)
+        for k, count in passes:
+            fed = np.roll(hot[seats.positions(k)], 1, axis=1)
+            fed[:count] = hot[seats.positions(count)]
+            got.append(forward_next(arrays, c, fed, seats.seat(k), caches)[:count])
+            seats.drop(k - count)
+    got = np.concatenate(got)
+    assert np.abs(got - wanted[4:4 + len(got)]).max() < rounding(wanted)
