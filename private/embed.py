@@ -1,6 +1,12 @@
 """
-The embedding of a secret prompt from the server's secret table, and of a further token.
+The embedding of a secret prompt from the server's secret table, and of further tokens.
+
+Under Cheetah two numbers of a row lie in one of the ring's, a + 2^32 b, so that a lookup multiplies
+half as many columns. It picks rows as they are, and a sum of two embeddings stays below 2^31 in
+units of 2^-16, so that no a runs into its b: files.EMBEDDING.
 """
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,6 +14,7 @@ from private.ahead import product
 from private.engine import CLIENT, SERVER
 from private.lookup import QUERIES, buckets, queries
 from private.nonlinear import CIPHERTEXT
+from private.shares import FRACTION, scaled, signed, truncated
 
 ROWS = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
 GROUP = 8    # buckets that a product takes
@@ -15,7 +22,8 @@ GROUP = 8    # buckets that a product takes
 # products for every column and one-hot rows T V, cheap where the vocabulary is a few pieces.
 BUCKETED_V = 8 * ROWS
 BUCKETED_T = 4 * QUERIES
-SCALE = 2**16  # the embedding is looked up in integers, exact to 1 / SCALE
+BITS = 16  # the embedding is looked up in integers, in units of 2^-16
+HALF = 32  # bits of each where two numbers are in one, a + 2^32 b
 TABLE = "wte and wpe"  # the Matrix of both
 NO_TOKEN = -1  # at positions past the prompt
 
@@ -40,16 +48,16 @@ def embed(engine, embedding, c, weights, T, ids, told, whole):
 
     table = None
     if server:  # row V stands for no token
-        table = whole_numbers(np.vstack((weights["wte"], np.zeros((1, d)))))    # (V + 1, d)
+        table = whole_numbers(engine, np.vstack((weights["wte"], np.zeros((1, d)))))  # (V + 1, m)
     if c.vocab_size >= BUCKETED_V and T >= BUCKETED_T and not engine.plain:
-        found = by_buckets(engine, c, T, table, ids, told, whole)               # (T, d)
+        found = by_buckets(engine, c, T, table, ids, told, whole)               # (T, m)
     else:
         pieces = in_pieces(c.vocab_size, ROWS)
         asked = [ids[:, None] == piece for piece in pieces] if client else None
-        found = answers(engine, T, asked, pieces, table, d, told, whole)        # (T, d) each
-        found = engine.op("embedding", add_up, *found)                          # (T, d)
+        found = answers(engine, T, asked, pieces, table, d, told, whole)        # (T, m) each
+        found = engine.op("embedding", add_up, *found)                          # (T, m)
     wpe = engine.put((T, d), SERVER, weights["wpe"][:T] if server else None)
-    return engine.op("embedding", place, found, wpe)                            # (T, d)
+    return engine.op("embedding", jnp.add, in_ones(engine, found, d), wpe)      # (T, d)
 
 
 def embed_next(engine, embedding, c, weights, k, tokens, positions, whole, ahead=None):
@@ -68,21 +76,34 @@ def embed_next(engine, embedding, c, weights, k, tokens, positions, whole, ahead
         hot[np.arange(k), tokens] = 1
         hot[np.arange(k), V + positions] = 1
     if ahead:
-        return engine.by_form(sum_of_rows, "embedding", hot, ahead, times=1)    # (k, d)
-    table = table_of(weights) if server else None
+        found = engine.hold(engine.by_form(sums_ahead, "embedding", hot, ahead, times=1))
+        return in_ones(engine, found, d)                                        # (k, d)
+    table = table_of(engine, weights) if server else None
     pieces = in_pieces(V + T, CIPHERTEXT)  # of a row, the engine sends whole ciphertexts
     asked = [hot[:, piece] for piece in pieces]
-    found = answers(engine, k, asked, pieces, table, d, silent, whole)          # (k, d) each
-    return engine.op("embedding", in_ones, engine.op("embedding", add_up, *found))  # (k, d)
+    found = answers(engine, k, asked, pieces, table, d, silent, whole)          # (k, m) each
+    return in_ones(engine, engine.op("embedding", add_up, *found), d)           # (k, d)
 
 
-def whole_numbers(table):
-    return np.round(table * SCALE).astype(np.int32)
+def columns(engine, d):
+    """m, in how many whole numbers d of a table are put: half as many, where shares serve."""
+    return -(-d // 2) if engine.forms else d
 
 
-def table_of(weights):
-    """The embeddings of all tokens and behind them of all positions, (V + T, d)."""
-    return whole_numbers(np.vstack((weights["wte"], weights["wpe"])))
+def whole_numbers(engine, table):
+    """A table (rows, d) in whole numbers, (rows, m): a column and the one m columns behind it."""
+    if not engine.forms:
+        return np.rint(table * 2.0**BITS).astype(np.int32)
+    numbers = signed(np.rint(table * 2.0**BITS))
+    m = columns(engine, table.shape[1])
+    packed = numbers[:, :m].copy()
+    packed[:, :table.shape[1] - m] += numbers[:, m:] << np.uint64(HALF)
+    return packed
+
+
+def table_of(engine, weights):
+    """The embeddings of all tokens and behind them of all positions, (V + T, m)."""
+    return whole_numbers(engine, np.vstack((weights["wte"], weights["wpe"])))
 
 
 def in_pieces(rows, size):
@@ -98,7 +119,7 @@ def by_buckets(engine, c, T, table, ids, told, whole):
     if engine.rank == CLIENT:
         hot, chosen = queries(ids, dealt)
         asked = [hot[i:i + GROUP] for i in range(0, len(dealt), GROUP)]         # (8, QUERIES, rows)
-    found = answers(engine, QUERIES, asked, groups, table, c.n_embd, told, whole)
+    found = answers(engine, QUERIES, asked, groups, table, c.n_embd, told, whole)  # (..., m) each
     chosen = engine.put((T, len(dealt) * QUERIES), CLIENT, chosen, np.int32)
     return engine.op("embedding", put_in_order, chosen, *found, groups=len(groups))
 
@@ -106,16 +127,18 @@ def by_buckets(engine, c, T, table, ids, told, whole):
 def answers(engine, questions, asked, pieces, table, d, told, whole):
     """
     The client's one-hot questions asked[i] (..., questions, rows) to the server's table[pieces[i]]
-    (..., rows, d): a list of answers, each (... questions, d). Unless `whole` only two pieces are
+    (..., rows, m): a list of answers, each (... questions, m). Unless `whole` only two pieces are
     asked, and the second stands for the others.
     """
+    m = columns(engine, d)
     run = len(pieces) if whole else min(len(pieces), 2)
     found = []
     for i in range(run):
         *bucket, rows = pieces[i].shape
         hot = engine.put((*bucket, questions, rows), CLIENT, asked and asked[i], np.int32)
         part = table[pieces[i]] if engine.rank == SERVER else None
-        part = engine.put((*bucket, rows, d), SERVER, part, np.int32)
+        put = engine.own if engine.forms else partial(engine.put, dtype=np.int32)
+        part = put((*bucket, rows, m), SERVER, part)
         stands_for = pieces[i:] if i == run - 1 else pieces[i:i + 1]
         times = sum(piece.size for piece in stands_for) / pieces[i].size
         found.append(engine.op("embedding", answer, hot, part, times=times))
@@ -123,9 +146,9 @@ def answers(engine, questions, asked, pieces, table, d, told, whole):
     return found
 
 
-def sum_of_rows(op, engine, hot, table):
-    """hot (k, rows), the client's, times a Matrix of whole numbers."""
-    return op(in_ones, engine.hold(product(engine, hot, table)))
+def sums_ahead(op, engine, hot, table):
+    """A share of hot (k, rows), the client's, times a Matrix."""
+    return product(engine, hot, table)
 
 
 def answer(hot, rows):
@@ -142,11 +165,21 @@ def put_in_order(chosen, *found, groups):
     return chosen @ jnp.vstack(found)[:chosen.shape[1]]
 
 
-def place(found, wpe):
-    """The integers found and the position's embedding."""
-    return in_ones(found) + wpe
+def in_ones(engine, found, d):
+    """
+    The numbers found, (rows, m), in units of 1: (rows, d). Of a + 2^32 b, the share mod 2^32 moved
+    up is one of 2^32 a, and the share itself of 2^32 b, but for a, which is less than its last bit.
+    """
+    if not engine.forms:
+        return engine.op("embedding", in_units, found)
+    return engine.by_form(halves, "embedding", found, times=1, d=d)
 
 
-def in_ones(found):
-    """The integers found, back in units of 1."""
-    return found.astype(np.float32) * (1 / SCALE)
+def halves(op, engine, found, d):
+    share = engine.numbers(found)
+    share = np.hstack((share << np.uint64(HALF), share))[:, :d]
+    return op(scaled, truncated(op, engine, share), bits=2 * FRACTION - HALF - BITS)
+
+
+def in_units(found):
+    return found.astype(np.float32) * 2.0**-BITS

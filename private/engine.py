@@ -182,7 +182,8 @@ class Engine:
         share = secret.ring.runtime.get_var(secret.name)
         if self.rank != CLIENT:
             return self.send(CLIENT, share)
-        return self.io.reconstruct([share] + [self.receive(rank) for rank in range(1, self.size)])
+        others = [self.receive(rank) for rank in range(1, self.size)]
+        return secret.ring.io.reconstruct([share, *others])
 
     def run(self, executable, runtime):
         """Run what was compiled. Returns its cost, see .costs."""

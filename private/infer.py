@@ -12,12 +12,11 @@ import numpy as np
 from model import GPTConfig
 from private.ahead import Matrix, fixed
 from private.block import HEAD, Row, block, head, last_block, layers_of, row_of, weights_of
-from private.embed import NO_TOKEN, TABLE, embed, embed_next, silent, table_of
+from private.embed import NO_TOKEN, TABLE, columns, embed, embed_next, silent, table_of
 from private.engine import CLIENT, SERVER
 from private.further import Place, Seats, make_room, next_block
 from private.nonlinear import SECURE, secure_argmax
 from private.plain import plain_block, plain_head
-from private.shares import signed
 
 
 @dataclass
@@ -204,8 +203,8 @@ def make_ahead(engine, public, weights, ahead, prompt=0, further=0, told=silent,
             if name.startswith(prefix) and len(shape) == 2:
                 have(name, shape, rows, times, lambda: fixed(weights[name]))
     if public["embedding"] == "private":
-        shape = (c.vocab_size + c.block_size, c.n_embd)
-        have(TABLE, shape, further, 1, lambda: signed(table_of(weights)))
+        shape = (c.vocab_size + c.block_size, columns(engine, c.n_embd))
+        have(TABLE, shape, further, 1, lambda: table_of(engine, weights))
     return costs
 
 
