@@ -250,7 +250,7 @@ class Run:
         result["measured_layers"] = self.layers if self.whole else self.s.measure_layers
         if self.whole:
             result["token"] = self.replies[0]["tokens"][0]
-        if self.s.max_new_tokens > 1 or len(self.replies) > 1:
+        if self.s.max_new_tokens > 1 or len(self.replies) > 1 or self.s.ahead:
             result["replies"] = self.replies
         return result
 
