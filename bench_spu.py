@@ -22,7 +22,7 @@ Each side listens on PORT for SPU's link. The server also listens on PORT + 1, w
 agree on model and code and notice each other's end. With --protocol=aby3 a third party runs
 --role=helper, and --peer names the two others in the order client, server, helper. Semi-honest
 security: all follow the protocol. The server learns nothing of the prompt but that it fits the
-context, and of the reply its number of tokens. The client learns the result, and what public.json
+context, and of the reply its number of passes. The client learns the result, and what public.json
 says: the architecture, the tokenizer; and the embeddings, if the server exported with
 --embedding=public.
 

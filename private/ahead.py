@@ -33,7 +33,7 @@ class Matrix:
 
     def __init__(self, shape, numbers=None):
         n, m = self.shape = tuple(shape)
-        self.numbers = numbers
+        self.numbers = None if numbers is None else np.asfortranarray(numbers)  # faster for a row
         self.masks = np.zeros((0, n), np.uint64)     # r, the client's; on the server 0
         self.products = np.zeros((0, m), np.uint64)  # this party's share of r W
 
@@ -73,7 +73,7 @@ def fixed(weights):
     return signed(np.rint(np.asarray(weights, np.float64) * 2.0**FRACTION))
 
 
-def product(engine, x, matrix):
+def masked_product(engine, x, matrix):
     """A party's share of x W; x (rows, n) is its share of x."""
     mask, share = matrix.take(len(x))
     theirs = engine.to_server(x - mask)
@@ -82,8 +82,8 @@ def product(engine, x, matrix):
 
 # ---------------------------------------------------------------------------------------- the forms
 def linear_ahead(op, engine, x, W, b=None):
-    """linear(), and logits() of one row."""
-    y = truncated(op, engine, product(engine, engine.numbers(x), W))
+    """linear(), and logits()."""
+    y = truncated(op, engine, masked_product(engine, engine.numbers(x), W))
     return y if b is None else op(jnp.add, y, b)
 
 

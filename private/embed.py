@@ -2,15 +2,15 @@
 The embedding of a secret prompt from the server's secret table, and of further tokens.
 
 Under Cheetah two numbers of a row lie in one of the ring's, a + 2^32 b, so that a lookup multiplies
-half as many columns. It picks rows as they are, and a sum of two embeddings stays below 2^31 in
-units of 2^-16, so that no a runs into its b: files.EMBEDDING.
+half as many columns. It picks rows as they are, and a sum of two embeddings stays below 2^30 in
+units of 2^-16, so that no a runs into its b, and truncations hold: files.EMBEDDING.
 """
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
-from private.ahead import product
+from private.ahead import masked_product
 from private.engine import CLIENT, SERVER
 from private.lookup import QUERIES, buckets, queries
 from private.nonlinear import CIPHERTEXT
@@ -76,7 +76,7 @@ def embed_next(engine, embedding, c, weights, k, tokens, positions, whole, ahead
         hot[np.arange(k), tokens] = 1
         hot[np.arange(k), V + positions] = 1
     if ahead:
-        found = engine.hold(engine.by_form(sums_ahead, "embedding", hot, ahead, times=1))
+        found = engine.by_form(answer_ahead, "embedding", hot, ahead, times=1)  # (k, m)
         return in_ones(engine, found, d)                                        # (k, d)
     table = table_of(engine, weights) if server else None
     pieces = in_pieces(V + T, CIPHERTEXT)  # of a row, the engine sends whole ciphertexts
@@ -146,9 +146,9 @@ def answers(engine, questions, asked, pieces, table, d, told, whole):
     return found
 
 
-def sums_ahead(op, engine, hot, table):
-    """A share of hot (k, rows), the client's, times a Matrix."""
-    return product(engine, hot, table)
+def answer_ahead(op, engine, hot, table):
+    """hot (k, rows), the client's, times a Matrix."""
+    return engine.hold(masked_product(engine, hot, table))
 
 
 def answer(hot, rows):

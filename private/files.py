@@ -26,7 +26,7 @@ from model import GPTConfig
 AGAIN = "make it again with python pi_export.py"
 MOST = {"block_size": 2**14, "vocab_size": 2**22, "n_layer": 2**10, "n_embd": 2**15}  # or a mistake
 PRODUCT = 2.0**26    # up to where the engine's fixed point holds a product, see nonlinear.py
-EMBEDDING = 2.0**14  # and an embedding, two looked up as a 32-bit integer, of 2^-16: embed.py
+EMBEDDING = 2.0**13  # and an embedding, two looked up as a 32-bit integer, of 2^-16: embed.py
 
 
 # ----------------------------------------------------------------------------------------- writing

@@ -1,6 +1,6 @@
 """
 One private forward pass of both parties: the client's prompt embedded, every block, the head, the
-result revealed to the client. And the pass of a further token, one row.
+result revealed to the client. And the pass of further tokens.
 """
 from dataclasses import dataclass, field
 from functools import partial
@@ -192,7 +192,9 @@ def make_ahead(engine, public, weights, ahead, prompt=0, further=0, told=silent,
     groups += [(f"blocks.{c.n_layer - 1}.", 1, further), (HEAD, 1, bool(prompt) + further)]
 
     def have(name, shape, rows, times, numbers):
-        matrix = ahead.setdefault(name, Matrix(shape, numbers() if server else None))
+        if name not in ahead:
+            ahead[name] = Matrix(shape, numbers() if server else None)
+        matrix = ahead[name]
         if rows > matrix.left():
             op = partial(engine.op, "ahead", times=times)
             matrix.make(op, engine, rows - matrix.left())

@@ -19,7 +19,8 @@ from configurator import on_signals
 from pi_export import export, held_out, write
 from private.files import load_public, load_server
 from private.meet import ROLES, end_now, free_addresses, host_port, listen_at
-from private.party import HERE, check_settings, held_out_windows, perplexity, read_prompts
+from private.party import (HERE, check_settings, held_out_windows, load_draft, perplexity,
+                           read_prompts)
 from private.plain import plain_export
 from private.relay import relay
 
@@ -143,6 +144,7 @@ def private_run(s, model, tokenizer):
         public = load_public(public_file)
         check_settings(s, public)
         prompts = read_prompts(s, public)
+        load_draft(s, public)  # which the client uses: what is wrong with it is said here
         texts = held_out_windows(s, public) if s.windows else None
         prompt_ids = ";".join(",".join(map(str, ids)) for ids in prompts)
         failed, bytes_tcp = run_parties(s, {

@@ -4,8 +4,8 @@ it, with the identity that the form rests on, its price and its range. Pure func
 import nothing of ours, to be copied like entropy.py. EXACT and SECURE at the end are the two sets.
 
 The engine is SPU 0.9.5 with 18 fraction bits of 64. Prices are those of its Cheetah protocol in
-bytes of both directions; docs/ledger.md measures every form. There the causal softmax and the
-activations run as shares.py has them; the forms here serve the other protocols.
+bytes of both directions; docs/ledger.md measures every form. There softmax and the activations
+run as shares.py has them; the forms here serve the other protocols.
 
     truncation, or a product with a public number      3
     choice by a secret bit                            16
@@ -140,7 +140,7 @@ HIDDEN = -2.0**27  # added to a logit: below any other, and 64 bits hold the dif
 
 def row_exponentials(s, hidden, left):
     """
-    The same of one row s (H, 1, n), at places where hidden (1, n) is 0; 0 where it is HIDDEN. left:
+    The same of k rows s (H, k, n), at places where hidden (k, n) is 0; 0 where it is HIDDEN. left:
     see secure_row_exponentials().
     """
     s = LOGIT_UNIT * (s + hidden)
@@ -205,14 +205,14 @@ def secure_exponentials(s):
 
 def secure_row_exponentials(s, hidden, left):
     """
-    row_exponentials() of a row that sees itself, whose hidden places are the client's secret. Sums
-    are local: what is hidden is far below the clip, where secure_exp() is CLIPPED, and that much,
-    the client's left (1, n), is taken away again.
+    row_exponentials() of rows that see themselves; which places are hidden is the client's secret.
+    Sums are local: what is hidden is far below the clip, where secure_exp() is CLIPPED, and that
+    much, the client's left (k, n), is taken away again.
 
     Range: logits up to 2^26. Price: clipped_exp(), a comparison and a choice for an entry.
     """
-    s = s + hidden                                                            # (H, 1, n)
-    return clipped_exp(s - s.max(-1, keepdims=True)) - left                   # (H, 1, n)
+    s = s + hidden                                                            # (H, k, n)
+    return clipped_exp(s - s.max(-1, keepdims=True)) - left                   # (H, k, n)
 
 
 SUM_LEAST = 0.97   # what a row of secure_exponentials() may sum to in place of 1,

@@ -87,11 +87,12 @@ def check_length(s, n, context):
     if n > (s.prompt_tokens or context):
         raise ValueError(f"the prompt has {n} tokens and --prompt_tokens is {s.prompt_tokens}: "
                          "shorten it, or have both sides set more")
-    fits = context + 1 - n - (s.guesses if s.max_new_tokens > 1 else 0)
+    fits = context + 1 - n - s.guesses
     if s.max_new_tokens > fits:
         beside = f", --guesses {s.guesses}" if s.guesses else ""
+        cure = f"{fits} would fit" if fits > 1 or not s.guesses else "guess fewer"
         raise ValueError(f"the prompt has {n} tokens, --max_new_tokens is {s.max_new_tokens}"
-                         f"{beside} and the model's context {context}: {max(1, fits)} would fit")
+                         f"{beside} and the model's context {context}: {cure}")
 
 
 def load_draft(s, public):

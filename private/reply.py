@@ -2,7 +2,7 @@
 Replies to the client's prompts, token by token, and what they cost.
 
 The client chooses each token from what is revealed, alone, and tells the others one bit: whether it
-wants another. They learn the number of tokens by that, and nothing of what they are.
+wants another pass. They learn the number of passes by that, and nothing of the tokens.
 """
 import codecs
 import time
@@ -11,9 +11,13 @@ import numpy as np
 import torch
 
 from model import choose
+from private.embed import silent
 from private.engine import CLIENT
 from private.further import Seats
 from private.infer import Cache, infer, infer_next, make_ahead
+
+
+FEW = 4  # passes that rows are made ahead for, where guesses were wrong
 
 
 def tokenizer_of(public):
@@ -50,12 +54,23 @@ def padding(s, public):
     return s.prompt_tokens or public["config"]["block_size"]
 
 
-def reply(engine, public, weights, ids, s, chooser, told, ahead):
+def rows_for(s, passes=0):
+    """
+    How many further rows to make ahead for a reply of so many passes yet: at first those of all
+    passes if every guess is right, and then of FEW more.
+    """
+    k = 1 + s.guesses
+    if passes:
+        return k * min(FEW, s.max_new_tokens - passes)
+    return k * -(-(s.max_new_tokens - 1) // k)
+
+
+def reply(engine, public, weights, ids, s, chooser, told, ahead, more):
     """
     The tokens behind the prompt ids, at most s.max_new_tokens, as they come: yields (tokens,
     revealed, costs) of each pass, on the client, a row revealed for each token; None for the first
     two on the others. s has bench_spu.py's settings; told: see infer(); ahead: of make_ahead(), or
-    None; all else as of infer().
+    None, and more(rows) makes more of it; all else as of infer().
 
     A pass behind the first takes the last token, and guesses of those after it. A row's token, as
     the client chooses it, is the model's own, whether it was guessed or not; where it wasn't, the
@@ -74,23 +89,21 @@ def reply(engine, public, weights, ids, s, chooser, told, ahead):
     text = [*ids, *tokens] if client else None
     yield tokens, [revealed], costs
     passes = 1
-    while True:
-        done = not client or len(text) - len(ids) >= most or text[-1] in chooser.ends
-        if passes == most or not goes_on(engine, not done):
+    while passes < most:
+        wanted = client and len(ids) + most - len(text)
+        if not goes_on(engine, client and wanted > 0 and text[-1] not in chooser.ends):
             return
-        more = []
-        if ahead is not None and ahead["head"].left() < k:
-            rows = min(most - 1, (most - passes) * k)
-            more = make_ahead(engine, public, weights, ahead, 0, max(rows, k), told, layers)
+        if ahead and ahead["head"].left() < k:
+            more(rows_for(s, passes))
         guessed = chooser.guess(text, s.guesses) if client else None
         fed = np.array([text[-1], *guessed]) if client else None
         revealed, costs = infer_next(engine, public, weights, k, fed, cache, layers, s.reveal,
                                      ahead)
         if client:
-            tokens = chooser.follow(revealed, guessed)[:most - len(text) + len(ids)]
+            tokens = chooser.follow(revealed[:wanted], guessed)
             cache.seats.drop(k - len(tokens))
             text += tokens
-        yield tokens, None if revealed is None else revealed[:len(tokens)], more + costs
+        yield tokens, None if revealed is None else revealed[:len(tokens)], costs
         passes += 1
 
 
@@ -204,12 +217,12 @@ class Run:
                 "bytes_by_kind": total["bytes_by_kind"],
                 "seconds_by_kind": total["seconds_by_kind"]}
 
-    def prepare(self, prompt, further):
-        """make_ahead(). Returns what that cost, in short, and of how many further tokens it was."""
-        there = self.ahead["head"].left() if self.ahead else 0
+    def make(self, further, prompt=0, told=silent):
+        """make_ahead(), and enter what it cost beside the passes of the reply."""
         costs = make_ahead(self.engine, self.public, self.weights, self.ahead, prompt, further,
-                           self.told, self.s.measure_layers)
-        return self.spent(costs) | {"rows": max(0, further - there)}
+                           told, self.s.measure_layers)
+        made = self.replies[-1].setdefault("prompt_ahead" if prompt else "ahead", [])
+        made.append(self.spent(costs))
 
     def answer(self, ids):
         """Run one reply to its end. ids: the client's prompt, who sees the text as it comes."""
@@ -220,11 +233,11 @@ class Run:
         self.replies.append(mine)
         self.before = time.time()
         if self.ahead is not None and most > 1:
-            mine["ahead"] = self.prepare(0, most - 1)
+            self.make(rows_for(self.s), told=self.told)
         if self.s.ahead:
-            mine["prompt_ahead"] = self.prepare(padding(self.s, self.public), most - 1)
+            self.make(rows_for(self.s), padding(self.s, self.public), self.told)
         for tokens, revealed, costs in reply(self.engine, self.public, self.weights, ids, self.s,
-                                             self.chooser, self.told, self.ahead):
+                                             self.chooser, self.told, self.ahead, self.make):
             n = len(mine["passes"]) + 1
             mine["passes"].append(self.spent(costs, "" if shown or n == 1 else f"pass {n}"))
             if ids is not None:

@@ -71,10 +71,15 @@ def same_as_plain(r):
     return "yes" if all(same) else f"NO, {sum(same)} of {len(same)}"
 
 
-def on_average(passes, n=0):
-    """MB, messages and seconds of one of these passes; or of one of n things that they made."""
+def ahead_of(r, key):
+    """What was made ahead in a run, as passes; key: "ahead" or "prompt_ahead"."""
+    return [made for reply in r["replies"] for made in reply[key]]
+
+
+def on_average(passes, n):
+    """MB, messages and seconds of one of n things that these passes made."""
     def mean(key):
-        return sum(p[key] for p in passes) / (n or len(passes))
+        return sum(p[key] for p in passes) / n
 
     return f"{mean('bytes') / 1e6:,.1f} / {mean('rounds'):,.0f} / {mean('seconds'):,.1f}"
 
@@ -103,17 +108,16 @@ def table(results):
         ("layers run, of", layers_run),
         ("tokens", lambda r: f"{tokens_of(r)}" if "replies" in r else ""),
         ("  the first: MB / messages / s",
-         lambda r: on_average([reply["passes"][0] for reply in r["replies"]])),
+         lambda r: on_average([reply["passes"][0] for reply in r["replies"]], len(r["replies"]))),
         ("  made ahead of it",
-         lambda r: on_average([reply["prompt_ahead"] for reply in r["replies"]])),
+         lambda r: on_average(ahead_of(r, "prompt_ahead"), len(r["replies"]))),
         ("  tokens to a further pass",
          lambda r: f"{(tokens_of(r) - len(r['replies'])) / len(further(r)):.2f}"
          if r["settings"]["guesses"] else ""),
         ("  a further one",
          lambda r: on_average(further(r), tokens_of(r) - len(r["replies"]))),
         ("  made ahead of it",
-         lambda r: on_average([reply["ahead"] for reply in r["replies"]],
-                              tokens_of(r) - len(r["replies"]))),
+         lambda r: on_average(ahead_of(r, "ahead"), tokens_of(r) - len(r["replies"]))),
     ]
     if len(results) > 1:
         rows += [

@@ -3,8 +3,8 @@ Shares as NumPy arrays, and what the softmax gains by them under Cheetah.
 
 A secret x is two integers, x_0 of the client's and x_1 of the server's, with x_0 + x_1 = x 2^f mod
 2^64, f its fraction bits. Either alone tells nothing of x. So whatever a party computes of its own
-share costs nothing and tells nobody anything; only an op() goes over the link. Three local
-functions are of use:
+share costs nothing and tells nobody anything; only an op() goes over the link, and what ahead.py
+sends. Three local functions are of use:
 
 - a linear one with integer coefficients, such as a sum: its value is exactly the sum's;
 - dropping m low bits and keeping the 32 above: shares mod 2^32 of the value with m bits fewer, less
@@ -161,7 +161,7 @@ def steps_below(s):
 
 
 def row_steps_below(s):
-    """The same of rows that see all: s (H, 1, n)."""
+    """The same of rows that see all: s (H, k, n)."""
     return jnp.maximum(s - s.max(-1, keepdims=True), 1 - STEPS)
 
 
@@ -256,12 +256,12 @@ def exponentials_form(op, engine, s):
 
 def row_exponentials_form(op, engine, s, hidden, left):
     """
-    The same of one row, s (H, 1, n), 0 where the client's `hidden` (1, n) isn't. It takes what it
-    hides FAR below all else, and makes its factor there 0.
+    The same of rows s (H, k, n), 0 where the client's `hidden` (k, n) isn't. It takes what it hides
+    FAR below all else, and makes its factor there 0.
     """
-    hides = engine.numbers(hidden) != 0                                       # (1, n)
+    hides = engine.numbers(hidden) != 0                                       # (k, n)
     steps = in_steps(engine, s) - np.where(hides, np.uint32(FAR), np.uint32(0))
-    x = op(row_steps_below, engine.hold(steps, bits=32))                      # (H, 1, n)
+    x = op(row_steps_below, engine.hold(steps, bits=32))                      # (H, k, n)
     return engine.hold(exp_of(op, engine, x, hides))
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,11 @@ CASES = [(T, 1.0), (T, 2e3), (1, 1.0)]  # rows, and what Q is times
 EDGE = LIMITS["gelu"]
 X = np.array([-EDGE, -9e3, -4, -1, -1e-4, 0, 1e-4, 1, 4, 9e3, EDGE])[None].repeat(130, axis=0)
 ACTIVATED = {"relu": 1e-4, "gelu": 7e-3}  # how near the forms are
+GREAT = np.array([0.5, -0.5, 0.999, -0.999, 0]) * 2.0**62
+PAIRS = np.array([(a, b, 5) for a in (-2**30 + 64, -1, 0, 7, 2**30 - 64)
+                  for b in (-2**30 + 64, -3, 0, 2**30 - 64)])
+FAR = LIMITS["row_scores"] - 1
+ROWS = np.array([[[0, -0.1, -0.3, FAR, FAR, FAR], [-FAR, -FAR - 0.1, -FAR - 0.3, FAR, FAR, FAR]]])
 
 
 def split(x, seed=0):
@@ -110,9 +116,31 @@ def party(rank, addresses):
         found = engine.reveal(engine.op(name, SECURE.activation[name], x))
         results.append(None if found is None else found.tolist())
     costs = [(kind, cost.tolist()) for kind, _, cost in engine.costs]
+    op = partial(engine.op, "other")
+    for found in (shares.truncated(op, engine, split(GREAT, seed=5)[rank]), pairs(op, engine),
+                  rows(op, engine)):
+        found = engine.reveal(found)
+        results.append(None if found is None else found.tolist())
     print(json.dumps([results, costs]), file=engine.terminal, flush=True)
     sys.stdin.read()  # until the other has all that it waits for
     os._exit(0)
+
+
+def pairs(op, engine):
+    """The embeddings' lookup of PAIRS, all of them found."""
+    from private.embed import BITS, halves, whole_numbers
+    table = whole_numbers(engine, PAIRS / 2.0**BITS)
+    return halves(op, engine, engine.hold(split(table, seed=6)[engine.rank]), d=PAIRS.shape[1])
+
+
+def rows(op, engine):
+    """The exponentials of ROWS, of which the client hides the last half."""
+    from private.engine import CLIENT
+    from private.nonlinear import CLIPPED, HIDDEN, SECURE
+    hidden = np.where(np.arange(6) < 3, 0, HIDDEN)[None].repeat(2, axis=0)
+    masks = [engine.put((2, 6), CLIENT, mask) for mask in (hidden, np.where(hidden, CLIPPED, 0))]
+    s = engine.hold(split(np.rint(ROWS * 2.0**36), seed=7)[engine.rank])
+    return op(SECURE.row_exponentials, s, *masks)
 
 
 def qkv_of(rows, scale):
@@ -138,9 +166,26 @@ def test_the_softmax_of_two_parties(seen):
 
 def test_activations_of_two_parties(seen):
     """Up to the limit that ranges.py knows, and on more rows than are taken at a time."""
-    found = seen[0][0][len(CASES):]
+    found = seen[0][0][len(CASES):-3]
     for y, (name, error) in zip(found, ACTIVATED.items(), strict=True):
         assert np.abs(y - np.asarray(EXACT.activation[name](X.astype(np.float32)))).max() < error
+
+
+def test_a_truncation_by_18_bits_alone(seen):
+    y = np.array(seen[0][0][-3])
+    assert np.abs(y * 2.0**36 - GREAT).max() < 2.0**19 + 2.0**62 * 2.0**-23  # float32 has 24 bits
+
+
+def test_numbers_two_in_one_come_apart(seen):
+    """Up to the limit of a sum of two embeddings, of either sign, and an odd one left over."""
+    y = np.array(seen[0][0][-2])
+    assert np.abs(y * 2.0**16 - PAIRS).max() < 2.0**30 * 2.0**-23
+
+
+def test_hidden_places_of_rows_at_their_limit(seen):
+    e = np.array(seen[0][0][-1]) / 2.0**shares.E_BITS
+    assert np.abs(e[..., :3] - np.exp(LOGIT_UNIT * np.array([0, -0.1, -0.3]))).max() < 1e-3
+    assert np.abs(e[..., 3:]).max() < 1e-6
 
 
 def test_the_parts_of_a_form_are_entered_under_its_kind(seen):
