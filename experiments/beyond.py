@@ -13,8 +13,9 @@ seconds in proportion. So does the embedding. All else is run whole: every head'
 number of a row.
 
 A layer is attention alone, Q, K, V and the projection, as pi_export.py folds it; the last layer and
-the head make one row. The link is an estimate: seconds of computing, dependent round trips (of a
-toy that ran with and without a slow link, see ROUNDS), and bytes that flow both ways at once.
+the head make one row. The link is an estimate: CPU seconds of both parties on CORES cores, as other
+work on the machine hardly changes these; dependent round trips, of a toy that ran with and without
+a slow link (ROUNDS); and bytes that flow both ways at once.
 """
 import json
 import math
@@ -55,15 +56,16 @@ into = str(HERE.parent / "results")  # the folder of beyond.json, beyond.png and
 ROUNDS = ("beyond_rounds_none.json", "beyond_rounds_wan.json")
 BANDWIDTHS = {"100 Mbps": 1e8, "1 Gbps": 1e9, "10 Gbps": 1e10}  # bits a second each way
 ROUND_TRIPS = {"0.5 ms": 0.5e-3, "20 ms": 20e-3, "80 ms": 80e-3}
-BYTES, MESSAGES, SECONDS = range(3)  # of a cost
+BYTES, MESSAGES, SECONDS, CPU = range(4)  # of a cost; CPU: seconds of both parties' processes
+CORES = 2  # that both parties share where computing is told by their CPU seconds
 CIPHERTEXT = 8192  # numbers, as in private/nonlinear.py, which a reader of beyond.json needn't load
 
 
 # ------------------------------------------------------------------------------------ measured
 def measure(engine, name):
     """
-    The costs, arrays of bytes, messages and seconds, of each part of a shape's passes. What is
-    measured in columns also says what it takes as a product of its own for every block of columns.
+    The costs, arrays of bytes, messages, seconds and this party's CPU seconds, of each part of a
+    shape's passes: at once and in blocks of columns, each of which is a product of its own.
     """
     from functools import partial
 
@@ -97,11 +99,13 @@ def measure(engine, name):
         The least of so many runs: the first touches memory, and whichever comes to the end of what
         the engine has at hand for comparisons and truncations makes it anew, 2.5 MB.
         """
-        least = np.full(3, np.inf)
+        least = np.full(4, np.inf)
         for _ in range(times):
-            engine.costs = []
+            engine.costs, began = [], time.process_time()
             run()
-            least = np.minimum(least, sum(count * cost[:3] for _, count, cost in engine.costs))
+            cost = sum(count * cost for _, count, cost in engine.costs)
+            cost[CPU] = time.process_time() - began
+            least = np.minimum(least, cost)
         return least
 
     def by_columns(most, run, wholes):
@@ -112,7 +116,7 @@ def measure(engine, name):
         n = min(most, min(wholes))
         large, small = cost_of(partial(run, n), 2), cost_of(partial(run, n // 2), 2)
         slope = (large - small) / (n - n // 2)
-        slope[SECONDS] = large[SECONDS] / n
+        slope[SECONDS:] = large[SECONDS:] / n
         return [(large + slope * (whole - n), large * whole / n) for whole in wholes]
 
     def product(x, columns):
@@ -195,9 +199,13 @@ def run_parties(names, save):
         parts = measure(engine, name)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if engine.rank == SERVER:
-            engine.link.send(CLIENT, str(peak))
+            engine.link.send(CLIENT, json.dumps([parts, peak]))
             continue
-        peaks = {"client": peak, "server": int(engine.link.recv(SERVER))}
+        theirs, their_peak = json.loads(engine.link.recv(SERVER))
+        for part, costs in parts.items():
+            for mine, other in zip(costs, theirs[part]):
+                mine[CPU] += other[CPU]
+        peaks = {"client": peak, "server": their_peak}
         print(f"{name}: {time.time() - started:.0f} s", file=engine.terminal, flush=True)
         save(name, {"parts": parts, "peak_memory_bytes": peaks, "load_before": load,
                     "settings": {"block_size": block_size, "weights": weights,
@@ -228,7 +236,7 @@ def passes(name, parts, at_once=True):
     def row_times(columns):
         """A row's product with so many columns: its numbers come back in whole ciphertexts."""
         pieces = columns / CIPHERTEXT
-        return p["a row's product"] * (math.ceil(pieces), math.ceil(pieces), pieces)
+        return p["a row's product"] * (math.ceil(pieces), math.ceil(pieces), pieces, pieces)
 
     last = p["a row's attention"] + row_times(3 * d) + row_times(d)
     head = row_times(d) + p["a row's LayerNorm"] + row_times(V)
@@ -274,20 +282,20 @@ def minutes(name, cost, rounds, bandwidth, round_trip):
     """Of a pass on a link: computing, dependent round trips, and bytes that flow both ways."""
     layer, rest = rounds
     waits = (SHAPES[name][0] * layer + rest) * round_trip
-    return (cost[SECONDS] + waits + 4 * cost[BYTES] / bandwidth) / 60
+    return (cost[CPU] / CORES + waits + 4 * cost[BYTES] / bandwidth) / 60
 
 
 def table(results, terminal):
     def say(*cells):
         print(f"| {' | '.join(map(str, cells))} |", file=terminal, flush=True)
 
-    say("", "MB", "in blocks", "messages", "seconds")
+    say("", "MB", "in blocks", "messages", "seconds", "CPU seconds of both")
     for name, r in results.items():
         once, blocks = passes(name, r["parts"]), passes(name, r["parts"], at_once=False)
         for one in once:
             say(f"{name}, {one}", f"{once[one][BYTES] / 1e6:,.0f}",
                 f"{blocks[one][BYTES] / 1e6:,.0f}", f"{once[one][MESSAGES]:,.0f}",
-                f"{once[one][SECONDS]:,.0f}")
+                f"{once[one][SECONDS]:,.0f}", f"{once[one][CPU]:,.0f}")
         peak = max(r["peak_memory_bytes"].values()) / 1e9
         say(f"{name}, peak memory of a party", f"{peak:.1f} GB")
     for one, rounds in round_trips().items():
@@ -312,11 +320,11 @@ def draw(results, path):
             cost = passes(name, r["parts"])[one]
             taken = [minutes(name, cost, rounds, BANDWIDTHS[a], ROUND_TRIPS[b]) for a, b in links]
             ax.plot(taken, "o-", color=colour, label=f"{name}, {cost[BYTES] / 1e9:.2g} GB")
-            ax.axhline(cost[SECONDS] / 60, color=colour, linestyle=":")
+            ax.axhline(cost[CPU] / CORES / 60, color=colour, linestyle=":")
         ax.set(yscale="log", title=one, ylabel="minutes, an estimate", xticks=range(len(links)))
         ax.set_xticklabels([f"{a}, {b}" for a, b in links], rotation=40, ha="right", fontsize=8)
         ax.legend(fontsize=8, title="dotted: computing alone")
-    fig.suptitle(f"SM+ScFuFFN, T = {block_size}, on {os.cpu_count()} cores for both parties")
+    fig.suptitle(f"SM+ScFuFFN, T = {block_size}, {CORES} cores for both parties")
     write_figure(fig, str(path))
 
 

@@ -60,7 +60,7 @@ def test_the_parts_add_up_to_a_run_of_the_whole(tmp_path):
 
 
 def test_a_links_minutes_are_computing_waiting_and_sending():
-    cost = np.array([1e9, 5000, 60.0])
+    cost = np.array([1e9, 5000, 99.0, 60.0 * beyond.CORES])
     assert beyond.minutes("toy", cost, (0, 0), 1e12, 0) == pytest.approx(1.0, rel=1e-3)
     assert beyond.minutes("toy", cost, (10, 30), 1e12, 1) == pytest.approx(2.0, rel=1e-3)
     assert beyond.minutes("toy", cost, (0, 0), 1e8, 0) == pytest.approx(1 + 40 / 60)
