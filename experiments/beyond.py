@@ -62,9 +62,10 @@ CIPHERTEXT = 8192  # numbers, as in private/nonlinear.py, which a reader of beyo
 
 
 # ------------------------------------------------------------------------------------ measured
-def measure(engine, name):
+def measure(engine, name, keys):
     """
-    The costs, arrays of bytes, messages, seconds and this party's CPU seconds, of each part of a
+    keys: what the set-up has cost, which makes keys once, or None before it has been run. Returns
+    the costs, arrays of bytes, messages, seconds and this party's CPU seconds, of each part of a
     shape's passes: at once and in blocks of columns, each of which is a product of its own.
     """
     from functools import partial
@@ -163,7 +164,7 @@ def measure(engine, name):
         c = GPTConfig(block_size=T, vocab_size=V, n_embd=columns, n_head=1)
         embed_next(engine, "private", c, tables(columns), 1, T - 1, whole=False)
 
-    parts = {"set-up": twice(cost_of(lambda: set_up(engine)))}
+    parts = {"set-up": keys or twice(cost_of(partial(set_up, engine)))}
     [parts["embedding"]] = by_columns(table_columns, looked_up, [d])
     parts["Q, K, V"], parts["projection"] = products(T, weights)
     qkv = shared((T, 3 * d), (3 / LOGIT_UNIT) ** 0.5 * (H / d) ** 0.25)        # logits of 3 nats
@@ -194,17 +195,19 @@ def run_parties(names, save):
         Thread(target=end_with, args=[parent_lives]).start()
     from private.engine import CLIENT, SERVER, Engine
     engine = Engine(CLIENT if server else SERVER, addresses, "cheetah", 3600, 60)
+    keys = None
     for name in names:
         started, load = time.time(), os.getloadavg()[0]
-        parts = measure(engine, name)
+        own = measure(engine, name, keys)
+        keys = own["set-up"]
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if engine.rank == SERVER:
-            engine.link.send(CLIENT, json.dumps([parts, peak]))
+            engine.link.send(CLIENT, json.dumps([own, peak]))
             continue
         theirs, their_peak = json.loads(engine.link.recv(SERVER))
-        for part, costs in parts.items():
-            for mine, other in zip(costs, theirs[part]):
-                mine[CPU] += other[CPU]
+        parts = {part: [[*mine[:CPU], mine[CPU] + other[CPU]]
+                        for mine, other in zip(costs, theirs[part])]
+                 for part, costs in own.items()}
         peaks = {"client": peak, "server": their_peak}
         print(f"{name}: {time.time() - started:.0f} s", file=engine.terminal, flush=True)
         save(name, {"parts": parts, "peak_memory_bytes": peaks, "load_before": load,

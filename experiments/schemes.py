@@ -3,7 +3,7 @@ Which of the paper's Table 2 architectures is cheap under which scheme? bench_sp
 them under semi2k, aby3 and Cheetah at one size; this puts them side by side, with the ratios to
 SM+LN+G and what a slow link would make of them at most.
 
-    python experiments/schemes.py      # the paper's shape, a quarter of an hour, beside Table 2's runs
+    python experiments/schemes.py      # the paper's shape, minutes; beside Table 2's runs
     python experiments/schemes.py --schemes=semi2k,aby3,cheetah --also="" --n_layer=2 --n_head=4 \\
         --n_embd=256 --vocab_size=2048 --measure_layers=0 --into=/tmp     # the smallest, 6 minutes
 
