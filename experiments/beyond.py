@@ -326,7 +326,8 @@ def draw(results, path):
             ax.axhline(cost[CPU] / CORES / 60, color=colour, linestyle=":")
         ax.set(yscale="log", title=one, ylabel="minutes, an estimate", xticks=range(len(links)))
         ax.set_xticklabels([f"{a}, {b}" for a, b in links], rotation=40, ha="right", fontsize=8)
-        ax.legend(fontsize=8, title="dotted: computing alone")
+        ax.set_ylim(top=6 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(fontsize=8, title="dotted: computing alone", loc="upper left")
     fig.suptitle(f"SM+ScFuFFN, T = {block_size}, {CORES} cores for both parties")
     write_figure(fig, str(path))
 
