@@ -105,6 +105,7 @@ def draw(results, path):
     right.legend(fontsize=8, loc="lower right")
     for panel in (left, right):
         panel.margins(x=0.2)
+        panel.set_xlim(left=0)
         panel.spines[["top", "right"]].set_visible(False)
     first = results[0]
     fig.suptitle(f"{first['n_layer']} layers, {first['n_head']} heads, width {first['n_embd']}, "
