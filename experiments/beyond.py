@@ -3,7 +3,7 @@ What a private token costs beyond 1B parameters: the parts of SM+ScFuFFN at the 
 small, GPT-3 XL and LLaMA-7B, each measured on the real engine (Cheetah) and multiplied by how often
 a pass has it. Two processes; writes beyond.json, and beyond.png with what links would make of it.
 
-    python experiments/beyond.py                           # all three shapes, 15 minutes on 2 cores
+    python experiments/beyond.py                           # all three shapes, 20 minutes on 2 cores
     python experiments/beyond.py --shapes=125M --into=/tmp  # the smallest cell
     python experiments/beyond.py --shapes=""               # table and picture of what is there
 

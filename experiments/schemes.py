@@ -5,7 +5,7 @@ SM+LN+G and what a slow link would make of them at most.
 
     python experiments/schemes.py      # the paper's shape, minutes; beside Table 2's runs
     python experiments/schemes.py --schemes=semi2k,aby3,cheetah --also="" --n_layer=2 --n_head=4 \\
-        --n_embd=256 --vocab_size=2048 --measure_layers=0 --into=/tmp     # the smallest, 6 minutes
+        --n_embd=256 --vocab_size=2048 --measure_layers=0 --into=/tmp     # the smallest, minutes
 
 The link is an estimate, an upper bound: every message waits for a round trip, and all bytes go one
 after the other. Writes schemes.json, a list that bench_spu.py --from_json takes, and schemes.png.

@@ -16,12 +16,13 @@ TOY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--vocab_s
        "--measure_layers=0"]
 
 
-def test_every_scheme_computes_the_models_and_has_its_own_price(tmp_path):
-    out = run("experiments/schemes.py", *TOY, "--archs=sm_ln_g,sm_scfuffn", f"--into={tmp_path}")
+def test_schemes_compute_the_same_models_at_prices_of_their_own(tmp_path):
+    out = run("experiments/schemes.py", *TOY, "--archs=sm_ln_g,sm_scfuffn", f"--into={tmp_path}",
+              "--schemes=semi2k,cheetah", "--also=")
     results = json.loads((tmp_path / "schemes.json").read_text())
     by = {(r["protocol"], r["arch"]): r for r in results}
-    assert len(by) == 6 and set(schemes.TRUST) == {scheme for scheme, _ in by}
-    for scheme in schemes.TRUST:
+    assert len(by) == 4
+    for scheme in ("semi2k", "cheetah"):
         full, fused = by[scheme, "SM+LN+G"], by[scheme, "SM+ScFuFFN"]
         assert fused["bytes_total"] < full["bytes_total"] and fused["rounds"] < full["rounds"]
         assert full["max_abs_err"] < 0.05 and f"--protocol={scheme} " in full["command"]
