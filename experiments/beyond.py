@@ -77,7 +77,7 @@ def measure(engine, name, keys):
     from private.block import causal_means, divide, linear, mix, scores
     from private.embed import NO_TOKEN, embed, embed_next, silent
     from private.engine import CLIENT, SERVER
-    from private.further import next_block
+    from private.further import Seats, next_block
     from private.infer import Cache, put_place, set_up
     from private.nonlinear import LOGIT_UNIT, SECURE
 
@@ -154,15 +154,16 @@ def measure(engine, name, keys):
 
     def further_row():
         """A further token's row through a layer whose products have been made ahead."""
-        cache = Cache(padded=T - 1, prompt=T - 1 if client else None, room=1)
-        place = put_place(engine, T - 1 if client else None, cache, T)
+        cache = Cache(Seats(T - 1, T - 1, 1, T) if client else None, padded=T - 1, room=1)
+        place = put_place(engine, cache, 1, T)
         c = GPTConfig(block_size=T, n_embd=d, n_head=H, use_layernorm=False)
         next_block(engine.op, row, place, {"kv": shared((T, 2 * d))},
                    {"qkv": (made(3 * d),), "o": (made(d),)}, c, SECURE)
 
     def further_embedding(columns):
         c = GPTConfig(block_size=T, vocab_size=V, n_embd=columns, n_head=1)
-        embed_next(engine, "private", c, tables(columns), 1, T - 1, whole=False)
+        one = np.array([T - 1]) if client else None
+        embed_next(engine, "private", c, tables(columns), 1, one, one, whole=False)
 
     parts = {"set-up": keys or twice(cost_of(partial(set_up, engine)))}
     [parts["embedding"]] = by_columns(table_columns, looked_up, [d])
