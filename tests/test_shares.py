@@ -118,7 +118,7 @@ def party(rank, addresses):
     costs = [(kind, cost.tolist()) for kind, _, cost in engine.costs]
     op = partial(engine.op, "other")
     for found in (shares.truncated(op, engine, split(GREAT, seed=5)[rank]), pairs(op, engine),
-                  rows(op, engine)):
+                  hidden_rows(op, engine)):
         found = engine.reveal(found)
         results.append(None if found is None else found.tolist())
     print(json.dumps([results, costs]), file=engine.terminal, flush=True)
@@ -133,7 +133,7 @@ def pairs(op, engine):
     return halves(op, engine, engine.hold(split(table, seed=6)[engine.rank]), d=PAIRS.shape[1])
 
 
-def rows(op, engine):
+def hidden_rows(op, engine):
     """The exponentials of ROWS, of which the client hides the last half."""
     from private.engine import CLIENT
     from private.nonlinear import CLIPPED, HIDDEN, SECURE
