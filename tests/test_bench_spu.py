@@ -128,7 +128,7 @@ def test_each_party_holds_only_its_own(exported, certificates, tmp_path):
 
 @pytest.mark.parametrize("protocol, archs, network, layers", [
     ("cheetah", "sm_ln_g,sm_scfuffn", "lan", 2),
-    ("semi2k", "sm_ln_r,sm_g,sm_t_scfuffn", "none", 1),
+    ("semi2k", "sm_ln_r,sm_t_scfuffn", "none", 1),
     ("aby3", "ereg_sm_t_scfuffn", "none", 1),
 ])
 def test_architectures(protocol, archs, network, layers, tmp_path):
@@ -337,25 +337,26 @@ def test_a_reply_is_the_text_of_the_clear(name, seed, tokens, args, tmp_path):
     assert r["max_abs_err"] < 0.02 * 10
 
 
-@pytest.mark.parametrize("seed, least, most, args", [
-    (33, 3, 3, ["--ahead=True"]),  # the model itself, which guesses right
-    (34, 4, 6, ["--protocol=semi2k"]),
-])
-def test_guesses_change_no_token(seed, least, most, args, tmp_path):
-    """A pass scores two guesses of another model's beside the last token: in as many passes."""
-    model = loud("SM+ScFuFFN of all kinds", 33)
-    for name, one in (("ckpt", model), ("draft", loud("SM+ScFuFFN of all kinds", seed))):
+def test_guesses_change_no_token(tmp_path):
+    """
+    A pass scores two guesses beside the last token. The draft is the model a little worse, and
+    guesses right and wrong; products are made ahead, of the prompt as well.
+    """
+    model, draft = (loud("SM+ScFuFFN of all kinds", 33) for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draft.wte.weight += 0.05 * torch.randn_like(draft.wte.weight)
+    for name, one in (("ckpt", model), ("draft", draft)):
         save_checkpoint(str(tmp_path / f"{name}.pt"), one, tokenizer=TOKENIZER)
     (r,), out = results_of(tmp_path, f"--ckpt={tmp_path / 'ckpt.pt'}", f"--prompt={PROMPT}",
-                           f"--draft={tmp_path / 'draft.pt'}", "--guesses=2",
-                           "--max_new_tokens=6", *args)
+                           f"--draft={tmp_path / 'draft.pt'}", "--guesses=2", "--ahead=True",
+                           "--max_new_tokens=6")
     (answer,) = r["replies"]
     assert answer["tokens"] == r["plain_tokens"] == greedy(model, PROMPT, 6)
-    assert least <= len(answer["passes"]) <= most
+    assert 3 < len(answer["passes"]) < 6
     assert sum(p["tokens"] for p in answer["passes"]) == 6
     assert "tokens to a further pass" in out
-    if "--ahead=True" in args:
-        assert all(answer[key][0]["bytes"] > 0 for key in ("prompt_ahead", "ahead"))
+    assert all(answer[key][0]["bytes"] > 0 for key in ("prompt_ahead", "ahead"))
 
 
 def test_a_reply_of_two_roles_by_tokens_alone(exported, tmp_path):
