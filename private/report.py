@@ -55,6 +55,11 @@ def tokens_of(r):
                for p in reply["passes"])
 
 
+def further_tokens(r):
+    """How many of them came behind the first of a reply."""
+    return tokens_of(r) - len(r["replies"])
+
+
 def further(r):
     """The passes of a run that made further tokens."""
     return [p for reply in r["replies"] for p in reply["passes"][1:]]
@@ -112,12 +117,12 @@ def table(results):
         ("  made ahead of it",
          lambda r: on_average(ahead_of(r, "prompt_ahead"), len(r["replies"]))),
         ("  tokens to a further pass",
-         lambda r: f"{(tokens_of(r) - len(r['replies'])) / len(further(r)):.2f}"
+         lambda r: f"{further_tokens(r) / len(further(r)):.2f}"
          if r["settings"]["guesses"] else ""),
         ("  a further one",
-         lambda r: on_average(further(r), tokens_of(r) - len(r["replies"]))),
+         lambda r: on_average(further(r), further_tokens(r))),
         ("  made ahead of it",
-         lambda r: on_average(ahead_of(r, "ahead"), tokens_of(r) - len(r["replies"]))),
+         lambda r: on_average(ahead_of(r, "ahead"), further_tokens(r))),
     ]
     if len(results) > 1:
         rows += [

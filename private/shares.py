@@ -49,7 +49,7 @@ def storage(bits, dtype=np.int32):
     return f"cheetah.BShr<FM{bits},1>" if dtype == np.bool_ else f"cheetah.AShr<FM{bits}>"
 
 
-def private(bits, owner):
+def owned(bits, owner):
     """SPU's name of what is one party's own: to the other it is 0."""
     return f"Priv2k<FM{bits},{owner}>"
 
@@ -63,7 +63,7 @@ def numbers(share, bits, shape, dtype, rank):
     meta = libspu.ValueMeta()
     meta.ParseFromString(share.meta)
     public = meta.storage_type == f"Pub2k<FM{bits}>"
-    known = {storage(bits, dtype), private(bits, CLIENT), private(bits, SERVER)}
+    known = {storage(bits, dtype), owned(bits, CLIENT), owned(bits, SERVER)}
     content = b"".join(content_of(chunk) for chunk in share.share_chunks)
     size = int(np.prod(shape)) * bits // 8
     if not (public or meta.storage_type in known) or len(content) != size:
@@ -92,7 +92,7 @@ def share_of(array, bits, dtype, owner=None):
     meta.storage_type = storage(bits, dtype)
     if owner is not None:
         meta.visibility = spu.Visibility.VIS_PRIVATE
-        meta.storage_type = private(bits, owner)
+        meta.storage_type = owned(bits, owner)
     meta.shape = list(array.shape)
     share = libspu.Share()
     share.meta = meta.SerializeToString()
