@@ -1,15 +1,15 @@
 """
-What recall.py and arithmetic.py share: small GPTs trained on generated sequences, many of them.
+What recall.py, arithmetic.py and edge.py share: small GPTs trained on sequences, many of them.
 
 A cell is one training run, a dict of plain values that determine it:
 
     label, config, flags       a row of tables.py: its name, its file in config/, its settings
     size                       fields of GPTConfig
     task, seed, steps, batch
+    std                        of the matrices at first; 1/sqrt(width) where it isn't there
 
-It is trained as train.py does, but in float32 (on a GPU its products in TF32), from matrices of
-standard deviation 1/sqrt(width), on sequences that are generated and seen once. sweep.py trains
-many.
+It is trained as train.py does, but in float32 (on a GPU its products in TF32), on sequences that
+are generated, or drawn, as it goes on. sweep.py trains many.
 """
 import math
 from dataclasses import fields
@@ -85,8 +85,9 @@ def build(cell):
     torch.manual_seed(cell["seed"])
     model, regularizer = GPT(config), None
     # GPT-2's 0.02 suits a width of 2500: without LayerNorm narrow models would hardly begin.
+    std = cell.get("std", config.n_embd ** -0.5)
     for p in model.param_groups(0.0)[0]["params"]:
-        p.data *= config.n_embd ** -0.5 / 0.02
+        p.data *= std / 0.02
     if flags.get("entropy_reg") and config.softmax_layers:
         regularizer = EntropyRegularizer(config.softmax_layers, config.n_head,
                                          threshold_init=flags.get("threshold_init", 0.5))

@@ -26,12 +26,12 @@ from tables import SEEDS, TUNING_SEED
 # ---------------------------------------------------------------------------------------- one cell
 def finish(cell, make, study, deadline):
     """
-    Train a cell and study it, in a process of its own: a row of the results, or None where it is
-    too late to start. study(cell, model) measures a trained model as a dict with a "score", the
-    higher the better.
+    Train a cell and study it, in a process of its own: its row of the results in a list, which is
+    empty where it is too late to start. study(cell, model) measures a trained model as a dict with
+    a "score", the higher the better.
     """
     if time.time() > deadline:
-        return None
+        return []
     started, device = time.time(), choose_device()
     torch.set_float32_matmul_precision("high")
     model, regularizer, history = train(cell, make, device)
@@ -40,11 +40,11 @@ def finish(cell, make, study, deadline):
             "device": name, "torch": torch.__version__, "history": history}
     sound = all(p.isfinite().all() for p in model.parameters())
     if not sound or not math.isfinite(history[-1][1]):
-        return told | {"event": "diverged", "score": 0.0, "seconds": time.time() - started}
+        return [told | {"event": "diverged", "score": 0.0, "seconds": time.time() - started}]
     told |= study(cell, model)
     if regularizer:
         told["threshold"] = regularizer.threshold.tolist()
-    return told | {"seconds": time.time() - started}
+    return [told | {"seconds": time.time() - started}]
 
 
 def start_worker():
@@ -78,34 +78,42 @@ class Results:
     def of(self, cell):
         return self.rows.get(identity(cell))
 
-    def add(self, told):
-        told = json.loads(json.dumps(told | self.made))  # as a rerun will read it
-        self.rows[identity(told["cell"])] = told
+    def add(self, *rows):
+        for told in rows:
+            told = json.loads(json.dumps(told | self.made))  # as a rerun will read it
+            self.rows[identity(told["cell"])] = told
         whole = self.head | self.made | {"rows": list(self.rows.values())}
         write_whole(str(self.path), (json.dumps(whole) + "\n").encode())
 
 
 # ------------------------------------------------------------------------------------- many cells
-def run(cells, results, make, study, jobs, deadline):
+def carry_out(tasks, results, jobs, tell):
     """
-    Train the cells that `results` lacks, so many side by side. Dies with a line where one failed,
-    after all the others.
+    Do tasks, each a function and its arguments, so many side by side. What one returns are rows:
+    they are kept at once, and told by the line tell(row). Dies with a line where one failed, after
+    all the others.
     """
-    todo = [cell for cell in cells if not results.of(cell)]
     failed = None
     # Forked workers share the imports; no CUDA call may come before.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), start_worker) as pool:
-        futures = [pool.submit(finish, cell, make, study, deadline) for cell in todo]
+        futures = [pool.submit(*task) for task in tasks]
         for future in as_completed(futures):
             try:
-                told = future.result()
-                if told:
-                    results.add(told)
-                    print(line(told), flush=True)
+                rows = future.result()
+                if rows:
+                    results.add(*rows)
+                    print("\n".join(map(tell, rows)), flush=True)
             except Exception as e:  # a worker raises whatever torch or the disk makes it raise
                 failed = e
     if failed:
         die(f"a cell failed ({type(failed).__name__}: {failed})")
+
+
+def run(cells, results, make, study, jobs, deadline):
+    """Train the cells that `results` lacks."""
+    todo = [cell for cell in cells if not results.of(cell)]
+    tasks = [(finish, cell, make, study, deadline) for cell in todo]
+    carry_out(tasks, results, jobs, line)
 
 
 def line(told):

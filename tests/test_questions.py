@@ -147,8 +147,8 @@ def test_a_cell_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
     def finish(cell, *rest):
         if cell["seed"] == 1:
             raise RuntimeError("CUDA out of memory")
-        return {"cell": cell, "event": "done", "score": 1.0, "seconds": 1.0,
-                "history": [[4, 0.0, 1.0]]}
+        return [{"cell": cell, "event": "done", "score": 1.0, "seconds": 1.0,
+                 "history": [[4, 0.0, 1.0]]}]
 
     monkeypatch.setattr(sweep, "finish", finish)
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, *rest: ThreadPoolExecutor(jobs))
