@@ -7,6 +7,7 @@ A cell is one training run, a dict of plain values that determine it:
     size                       fields of GPTConfig
     task, seed, steps, batch
     std                        of the matrices at first; 1/sqrt(width) where it isn't there
+    warmup                     share of the steps; WARMUP where it isn't there
 
 It is trained as train.py does, but in float32 (on a GPU its products in TF32), on sequences that
 are generated, or drawn, as it goes on. sweep.py trains many.
@@ -95,9 +96,9 @@ def build(cell):
     return model, regularizer
 
 
-def schedule(step, steps):
+def schedule(step, steps, warmup=WARMUP):
     """The share of the learning rate at a step: linear warmup, then linear decay to 0."""
-    warm = math.ceil(WARMUP * steps)
+    warm = math.ceil(warmup * steps)
     return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
 
 
@@ -126,8 +127,9 @@ def train(cell, make, device):
         if step % LOOK == 0:
             whole = make(cell, LOOK * cell["batch"], generator)
             x, y = (z.to(device).split(cell["batch"]) for z in whole)       # LOOK of (B, T) each
+        share = schedule(step, cell["steps"], cell.get("warmup", WARMUP))
         for group in optimizer.param_groups:
-            group["lr"] = cell["flags"]["learning_rate"] * schedule(step, cell["steps"])
+            group["lr"] = share * cell["flags"]["learning_rate"]
         wanted = y[step % LOOK]
         logits, ce, entropy = model(x[step % LOOK], wanted, return_entropy=regularizer is not None)
         loss = ce

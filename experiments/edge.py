@@ -7,8 +7,8 @@ Do these architectures stay stable as they grow? The learning rate at which each
 
 Small-scale proxies (arXiv 2309.14322): what makes large models unstable at the usual learning rate
 makes small ones unstable at a higher one. So each architecture is trained at every rate of a grid,
-at widths and at depths, on the same tokens of real text, from train.py's own initialisation.
-Of each, by seed:
+at widths and at depths, on the same tokens of real text, with train.py's own initialisation,
+batch and share of warmup. Of each, by seed:
 
 - best rate: that of the lowest loss on held-out windows
 - edge: the smallest rate above the best one whose run is broken, which is one that ends without a
@@ -54,13 +54,14 @@ dataset = "pycode2k"  # the text
 into = "out/questions"  # folder for edge.json and edge.png
 # Layers x width x context, the most important first; widths are compared at the depth of the first
 # size, depths at its width.
-sizes = "6x128x128,6x256x128,12x128x128,6x512x128,24x128x128,6x64x128,4x128x128"  # L x width x T
+sizes = "6x128x128,6x256x128,6x64x128,12x128x128,6x512x128,24x128x128,4x128x128"  # L x width x T
 archs = ""  # some of the architectures, comma-separated; all if empty
-rates = "0.0005,0.001,0.002,0.004,0.008,0.016,0.032,0.064,0.128"  # learning rates, a geometric grid
+rates = "0.0003,0.0006,0.0012,0.0025,0.005,0.01,0.02,0.04,0.08"  # learning rates, by about 2
 seeds = 3  # at most 3
-steps = 500  # training steps
+steps = 600  # training steps
 batch = 8  # windows a step, train.py's
-tested = 128  # held-out windows
+tested = 64  # held-out windows
+warmup = 0.3  # share of the steps, train.py's
 std = 0.02  # of matrices and embeddings at first, train.py's; 0: 1/sqrt(width), as in cells.py
 broken = 0.5  # nats above the best rate's loss that make a run a broken one
 at_once = 36  # models of 6 layers, width 128, trained at once; of larger ones fewer, whole seeds
@@ -236,7 +237,8 @@ def groups_of(bases, results, tried):
 def main():
     configure(globals())
     within(globals(), seeds=(1, 3), steps=(1, 10**6), batch=(1, 10**5), tested=(1, 10**6),
-           std=(0, 10), broken=(0, 100), at_once=(1, 10**4), jobs=(1, 1024), seconds=(0, 10**9))
+           warmup=(0, 1), std=(0, 10), broken=(0, 100), at_once=(1, 10**4), jobs=(1, 1024),
+           seconds=(0, 10**9))
     deadline = time.time() + seconds
     tried = sorted(set(cells.numbers(rates, "rates")))
     if len(tried) < 2:
@@ -259,7 +261,7 @@ def main():
             bases[r["label"], text] = {
                 "task": "edge", "label": r["label"], "config": r["config"], "flags": r["flags"],
                 "size": size, "steps": steps, "batch": batch,
-                "std": std or size["n_embd"] ** -0.5}
+                "std": std or size["n_embd"] ** -0.5, "warmup": warmup}
     groups = groups_of(bases.values(), results, tried)
     sweep.carry_out([(finish, group, deadline) for group in groups], results, jobs, tell)
     table = {key: found for key, base in bases.items() if (found := by_seed(results, base, tried))}

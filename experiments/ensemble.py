@@ -142,6 +142,7 @@ def train(group, make, held_out, device, deadline=math.inf):
             both = [torch.stack(z).to(device).unflatten(1, (cells.LOOK, batch))
                     for z in zip(*made)]                                # (S, LOOK, B, T) each
         x, y = (z[mine, step % cells.LOOK] for z in both)               # (M, B, T)
-        ensemble.step(x, y, step + 1, cells.schedule(step, whole))
+        share = cells.schedule(step, whole, first.get("warmup", cells.WARMUP))
+        ensemble.step(x, y, step + 1, share)
     looks.append([whole, *(z.cpu() for z in ensemble.look(*held_out, batch))])
     return ensemble, looks

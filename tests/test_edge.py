@@ -25,7 +25,7 @@ ROWS.append(row("half uniform", EREG, TUNED[EREG], uniform_layers=1))
 
 def group_of(r, rates=(1e-3, 2e-2), seeds=(1, 2), steps=6):
     base = {"task": "edge", "label": r["label"], "config": r["config"], "flags": r["flags"],
-            "size": SIZE, "steps": steps, "batch": 3, "std": 0.02}
+            "size": SIZE, "steps": steps, "batch": 3, "std": 0.02, "warmup": 0.5}
     return [sweep.at_rate(base, rate, seed) for seed in seeds for rate in rates]
 
 
