@@ -1,9 +1,8 @@
 """
 Do these architectures stay stable as they grow? The learning rate at which each breaks, by size.
 
-    python experiments/edge.py --data_dir=data --into=results --jobs=3      # all, on a GPU
-    python experiments/edge.py --sizes=2x32x64 --archs=SM+ScFuFFN --seeds=1 --steps=200 --batch=4
-                                                                            # the smallest cell
+    python experiments/edge.py --into=results --jobs=3  # all, on a GPU
+    python experiments/edge.py --sizes=2x64x64 --archs=SM+LN+G --seeds=1  # the smallest cell
 
 Small-scale proxies (arXiv 2309.14322): what makes large models unstable at the usual learning rate
 makes small ones unstable at a higher one. So each architecture is trained at every rate of a grid,
@@ -208,14 +207,18 @@ def draw(table, series, path):
         for ax, (along, chosen) in zip(axes, series.items()):
             edges = {size[along]: [math.log(told["edge"]) for told in table[label, text].values()]
                      for text, size in chosen.items() if (label, text) in table}
-            points = [(size, math.exp(mean(some))) for size, some in edges.items()]
+            # Rates are of a grid, so that lines would hide each other if they didn't stand apart.
+            points = [(1.02**place * size, math.exp(mean(some))) for size, some in edges.items()]
             ax.plot(*np.array(sorted(points)).reshape(-1, 2).T, color=colour, marker=marker,
                     markersize=5, label=label)
         for told in table.get((label, largest), {}).values():
             axes[2].plot(*np.array(told["losses"]).T, color=colour, linewidth=1)
-    for ax, along in zip(axes, series):
+    for ax, (along, chosen) in zip(axes, series.items()):
         ax.set(xscale="log", yscale="log", ylabel="learning rate that breaks",
                xlabel="width" if along == "n_embd" else "layers")
+        ticks = sorted(size[along] for size in chosen.values())
+        ax.set_xticks(ticks, ticks)
+        ax.set_xticks([], minor=True)
     axes[2].set(xscale="log", xlabel="learning rate", ylabel="held-out loss, nats", title=largest)
     axes[0].legend(fontsize=7)
     write_figure(fig, str(path))
