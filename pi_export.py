@@ -4,8 +4,8 @@ What a private inference engine should see of a model: few float32 matrices.
     python pi_export.py --ckpt=out/ckpt.pt --out=out/private
 
 writes out/private/server.npz, the weights, which only the server may hold, and public.json, which
-both parties hold: the configuration, the shape of every array, the tokenizer and the size of what
-enters a LayerNorm, to a power of two. Nothing else in it was learned from data (but by the shapes
+both parties hold: the configuration, the shape of every array, the tokenizer, and the size of what
+enters a LayerNorm and of products, to a power of two. Nothing else in it was learned from data (but by the shapes
 it tells which biases are zero and whether the FFN was folded). With --embedding=public also
 embedding.npz for the client, who then looks its tokens up itself, for no bytes and no time. It
 learns by it the embeddings and what is tied to them, the output matrix, but for the final
@@ -115,6 +115,7 @@ def ffn_matrix(block, c):
     return after_norm(block.ln_2, W / alpha, b / alpha)
 
 
+TINY = 1e-30  # so that 0 has a logarithm
 STRETCH = 1e3  # of a basis: as much does rounding grow in it
 
 
@@ -240,6 +241,21 @@ def fold_block_in_bases(block, c, R, R_next):
     return named(arrays)
 
 
+def evened(arrays, c):
+    """
+    A block's arrays with each head's Q and K of one size, to a power of two: Q is multiplied by
+    what K is divided by. A product in pairs, see private/pairs.py, gives all columns the same bits.
+    """
+    if "qkv" not in arrays:
+        return arrays
+    d, d_k = c.n_embd, c.n_embd // c.n_head
+    norm = np.linalg.norm(arrays["qkv"].reshape(d, 3, -1, d_k), axis=(0, 3))     # (3, H)
+    q_size, k_size, _ = np.log2(norm + TINY)
+    q = np.round((k_size - q_size) / 2)
+    even = 2.0 ** np.repeat([q, -q, 0 * q], d_k, axis=1).ravel()                 # (3 d,)
+    return arrays | {name: arrays[name] * even for name in ("qkv", "qkv_b")}
+
+
 RUN = 3  # uniform layers to a product: its matrix is then as large as Q, K and V's, the largest
 
 
@@ -280,7 +296,7 @@ def export(model, dtype=np.float32):
     softmax_only = not c.use_layernorm and c.activation == "none"
     R = bases(model.blocks, c) if softmax_only else None
     if R is None:
-        blocks = [fold_block(block, c) for block in model.blocks]
+        blocks = [evened(fold_block(block, c), c) for block in model.blocks]
         return flat({"wte": wte, "wpe": wpe, "head": head, "head_b": head_b}, blocks, dtype)
     first = np.linalg.inv(R[0])
     top = {"wte": wte @ first, "wpe": wpe @ first, "head": head, "head_b": head_b}
@@ -288,7 +304,8 @@ def export(model, dtype=np.float32):
         top["basis"] = R[-1]
     else:
         top["head"] = R[-1] @ head
-    blocks = [fold_block_in_bases(block, c, *R[i:i + 2]) for i, block in enumerate(model.blocks)]
+    blocks = [evened(fold_block_in_bases(block, c, *R[i:i + 2]), c)
+              for i, block in enumerate(model.blocks)]
     uniform = min(c.uniform_layers, c.n_layer - 1)  # of the last layer one row is made: it is apart
     for start in range(0, uniform, RUN):
         run = blocks[start:min(start + RUN, uniform)]
@@ -316,8 +333,8 @@ def write(model, tokenizer, folder, export=export, embedding="private", text=Non
     ValueError if a private run would garble the model, OSError if a file can't be written.
     """
     arrays = export(model)
-    units = check_range(model.config, arrays, text)
-    write_files(folder, arrays, model.config, units, tokenizer, embedding)
+    units, bits = check_range(model.config, arrays, text)
+    write_files(folder, arrays, model.config, units, bits, tokenizer, embedding)
     return arrays
 
 

@@ -68,9 +68,9 @@ class Matrix:
         return taken
 
 
-def fixed(weights):
-    """Numbers in the engine's units of 2^-18, mod 2^64."""
-    return signed(np.rint(np.asarray(weights, np.float64) * 2.0**FRACTION))
+def fixed(weights, bits=FRACTION):
+    """Numbers in units of 2^-bits, the engine's if not told, mod 2^64."""
+    return signed(np.rint(np.asarray(weights, np.float64) * 2.0**bits))
 
 
 def masked_product(engine, x, matrix):
@@ -99,7 +99,7 @@ def scale_add(beta, x, y):
     return beta * x + y
 
 
-FORMS = {  # of functions of block.py, where a Matrix is among their values
+Matrix.forms = {  # of functions of block.py, where one is among their values
     linear: linear_ahead,
     logits: linear_ahead,
     add_linear: add_linear_ahead,

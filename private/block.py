@@ -22,6 +22,14 @@ WORDS = 2048  # of the vocabulary that a product of many rows takes at a time
 HEAD = ("head", "basis", "ln_f")  # the arrays of head() and of plain_head(), as prefixes
 
 
+class Bits(NamedTuple):
+    """Fraction bits of what a layer multiplies in pairs, see shares.py; None of what it doesn't."""
+    scores: tuple | None = None  # of Q and of K
+    divide: tuple | None = None  # of the sum of weighted values and of 1 over the weights' sum
+
+
+WHOLE = Bits()
+
 class Row(NamedTuple):
     """The last row of a prompt: the client's secrets, or arrays in the clear."""
     last: Any    # (1, T), 1 at that row and 0 elsewhere
@@ -30,16 +38,16 @@ class Row(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------- model
-def block(op, x, w, c, f, units=(1.0, 1.0), cache=None):
+def block(op, x, w, c, f, units=(1.0, 1.0), cache=None, bits=WHOLE):
     """
     One block, eq. 1 and 8: x (T, d) -> (T, d); or a run of m uniform ones, x + [C x, ..., C^m x]
     times one secret matrix, see fold_run() in pi_export.py. units: of its two LayerNorms, see
-    nonlinear.py. cache: a dict, which gets what a further token needs, see further.py: "kv"
+    nonlinear.py; bits: a Bits, public. cache: a dict, which gets what a further token needs, see further.py: "kv"
     (T, 2 d), or "v" (T, d), or "means" (T, m d).
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
     if "qkv" in w:
-        y = attention(op, n, w, c, f, cache)                                      # (T, d)
+        y = attention(op, n, w, c, f, cache, bits)                                # (T, d)
     else:
         y = without_softmax(op, n, w, cache)                                      # (T, m d)
     x = op("matmul", add_linear, x, y, *w["o"])                                   # (T, d)
@@ -66,7 +74,7 @@ def last_block(op, x, row, w, c, f, units=(1.0, 1.0), cache=None):
     return ffn(op, x, w, c, f, units[1])                                          # (1, d)
 
 
-def attention(op, n, w, c, f, cache=None):
+def attention(op, n, w, c, f, cache=None, bits=WHOLE):
     """
     softmax(Q K^T) V, eq. 3, 6 and 9: n (T, d) -> (T, d). The weights are divided by their sums
     after the product with V, which takes T x d quotients; the weights are H x T x T.
@@ -77,11 +85,11 @@ def attention(op, n, w, c, f, cache=None):
         qkv = op("temperature", by_temperature, qkv, *w["inverse_t"])          # (T, 3 d)
     if cache is not None:
         cache["kv"] = op("matmul", without_queries, qkv)                       # (T, 2 d)
-    s = op("matmul", scores, qkv, n_head=H)                                    # (H, T, T)
-    e = op("softmax", f.exponentials, s)                                       # (H, T, T)
+    s = op("matmul", scores, qkv, n_head=H, bits=bits.scores)                  # (H, T, T)
+    e = op("softmax", f.exponentials, s, bits=bits.scores)                     # (H, T, T)
     y = op("matmul", mix, e, qkv, n_head=H)                                    # (H, T, d_k)
-    return op("softmax", divide, y, e,
-              reciprocal=f.reciprocal, most=c.block_size)                      # (T, d)
+    return op("softmax", divide, y, e, reciprocal=f.reciprocal, most=c.block_size,
+              bits=bits.divide)                                                # (T, d)
 
 
 def row_attention(op, n, own, row, w, c, f):
@@ -233,8 +241,8 @@ def without_queries(qkv):
     return qkv[:, qkv.shape[1] // 3:]
 
 
-def scores(qkv, n_head):
-    """Q K^T, whose 1 / sqrt(d_k) is in Q already."""
+def scores(qkv, n_head, bits=None):
+    """Q K^T, whose 1 / sqrt(d_k) is in Q already. bits: see forms.py."""
     q, k, _ = split_heads(qkv, n_head)
     return q @ k.transpose(0, 2, 1)
 
@@ -245,8 +253,11 @@ def mix(e, qkv, n_head):
     return e @ v
 
 
-def divide(y, e, reciprocal, most):
-    """y / (the row sums of e), heads side by side. most: the largest that a sum can be."""
+def divide(y, e, reciprocal, most, bits=None):
+    """
+    y / (the row sums of e), heads side by side. most: the largest that a sum can be; bits: see
+    forms.py.
+    """
     return join_heads(y * reciprocal(e.sum(-1, keepdims=True), most))
 
 

@@ -14,7 +14,7 @@ from private.ahead import masked_product
 from private.engine import CLIENT, SERVER
 from private.lookup import QUERIES, buckets, queries
 from private.nonlinear import CIPHERTEXT
-from private.shares import FRACTION, scaled, signed, truncated
+from private.shares import FRACTION, HALF, apart, signed
 
 ROWS = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
 GROUP = 8    # buckets that a product takes
@@ -23,7 +23,6 @@ GROUP = 8    # buckets that a product takes
 BUCKETED_V = 8 * ROWS
 BUCKETED_T = 4 * QUERIES
 BITS = 16  # the embedding is looked up in integers, in units of 2^-16
-HALF = 32  # bits of each where two numbers are in one, a + 2^32 b
 TABLE = "wte and wpe"  # the Matrix of both
 NO_TOKEN = -1  # at positions past the prompt
 
@@ -166,19 +165,15 @@ def put_in_order(chosen, *found, groups):
 
 
 def in_ones(engine, found, d):
-    """
-    The numbers found, (rows, m), in units of 1: (rows, d). Of a + 2^32 b, the share mod 2^32 moved
-    up is one of 2^32 a, and the share itself of 2^32 b, but for a, which is less than its last bit.
-    """
+    """The numbers found, (rows, m), in units of 1: (rows, d)."""
     if not engine.forms:
         return engine.op("embedding", in_units, found)
     return engine.by_form(halves, "embedding", found, times=1, d=d)
 
 
 def halves(op, engine, found, d):
-    share = engine.numbers(found)
-    share = np.hstack((share << np.uint64(HALF), share))[:, :d]
-    return op(scaled, truncated(op, engine, share), bits=2 * FRACTION - HALF - BITS)
+    numbers = apart(op, engine, engine.numbers(found), BITS - FRACTION, axis=1)[:, :d]
+    return engine.hold(numbers, dtype=np.float32)
 
 
 def in_units(found):

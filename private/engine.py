@@ -22,7 +22,7 @@ import spu
 import spu.utils.frontend as frontend
 from spu import libspu
 
-from private import ahead, shares
+from private import forms, shares
 from private.meet import ROLES, quit_now, tls_files
 
 CLIENT, SERVER, HELPER = range(3)  # ranks, in the order of ROLES
@@ -63,9 +63,9 @@ class Engine:
     folder, see tls_files(), or "". session: greet()'s, the name of the link. plain: SPU's default
     settings and secret-shared weights, under which plain.py is measured.
 
-    Under Cheetah op() computes a function of shares.FORMS by its form there, which needs a second
+    Under Cheetah op() computes a function of forms.FORMS by its form there, which needs a second
     ring, mod 2^32. Its messages go over the same connection, as a link of its own name. And one of
-    ahead.FORMS, where it takes an ahead.Matrix.
+    ahead.py's or pairs.py's forms, where it takes a matrix of theirs in a Secret's place.
 
     .costs: what op() has cost so far, a list of (kind, times, array); the array holds bytes of both
     directions, messages of the busier direction (at most this many round trips), seconds, and how
@@ -88,7 +88,7 @@ class Engine:
         if protocol == "cheetah" and not plain:
             shares.check_version()
             self.rings[32] = Ring(self.link.spawn(), self.size, protocol, plain, 32)
-            self.forms = shares.FORMS
+            self.forms = forms.FORMS
         self.compiled = {}
         self.costs = []
         self.seconds = 0.0  # spent in op() by functions that have no form
@@ -148,8 +148,8 @@ class Engine:
         each function, static keywords and shapes. What it cost is appended to .costs under `kind`,
         and counts `times` times: for itself and for equal ones that are not run.
         """
-        by_matrix = any(isinstance(secret, ahead.Matrix) for secret in secrets)
-        form = (ahead.FORMS if by_matrix else self.forms).get(function)
+        others = [secret for secret in secrets if not isinstance(secret, Secret)]
+        form = (others[0].forms if others else self.forms).get(function)
         if form:
             return self.by_form(form, kind, *secrets, times=times, **static)
         start = time.time()

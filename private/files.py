@@ -2,7 +2,7 @@
 The files of a private model: what pi_export.py writes and the parties read.
 
 - public.json, for all parties: the configuration, the shape of every array, the units of the
-  LayerNorms, the tokenizer, and a hash that binds them to one server.npz
+  LayerNorms, the fraction bits of what is multiplied in pairs, the tokenizer, and a hash that binds them to one server.npz
 - server.npz, for the server alone: the weights
 - embedding.npz, for the client, if the embedding is public: "wte" (V, d) and "wpe" (T, d)
 
@@ -62,12 +62,16 @@ def save_arrays(f, arrays):
                 np.lib.format.write_array(entry, a, allow_pickle=False)
 
 
-def write_files(folder, arrays, config, units, tokenizer, embedding):
-    """Write the two or three files. arrays: server.npz's; embedding: "private" or "public"."""
+def write_files(folder, arrays, config, units, bits, tokenizer, embedding):
+    """
+    Write the two or three files. arrays: server.npz's; units, bits: see ranges.py; embedding:
+    "private" or "public".
+    """
     public = {
         "config": asdict(config),
         "shapes": {name: a.shape for name, a in arrays.items()},
         "layernorm_units": units,
+        "bits": bits,
         "tokenizer": tokenizer,
         "embedding": "private",
     }
@@ -130,12 +134,27 @@ def check_public(public):
     units = public["layernorm_units"]
     if len(units) != 2 * c.n_layer + 1 or not all(map(is_power_of_two, units)):
         raise ValueError("layernorm_units are not 2 L + 1 powers of two")
+    for name, pair in public["bits"].items():
+        check_bits(c, public["shapes"], name, pair)
     tokenizer = public["tokenizer"]
     if tokenizer is not None and not {"pattern", "special", "ranks"} <= tokenizer.keys():
         raise ValueError("the tokenizer is not one of data/prepare.py")
     if public["embedding"] != "private":
         bytes.fromhex(public["embedding"])
     bytes.fromhex(public["hash"])
+
+
+def check_bits(c, shapes, name, pair):
+    """Raise ValueError unless these are fraction bits of a layer's product in pairs."""
+    _, layer, step = name.split(".")
+    is_step = step in ("scores", "divide") and int(layer) in range(c.n_layer)
+    if not is_step and len(shapes[name]) != 2:
+        raise ValueError(f"bits of {name}, which is no matrix")
+    first, second = pair
+    most = 27 if step == "scores" else 36  # or its steps to the clip don't fit into 32 bits
+    whole = type(first) is type(second) is int
+    if not whole or not 0 < first <= 18 or not 0 < second <= 18 or first + second > most:
+        raise ValueError(f"bits of {name} are {pair}")
 
 
 def is_power_of_two(x):

@@ -11,11 +11,12 @@ import numpy as np
 
 from model import GPTConfig
 from private.ahead import Matrix, fixed
-from private.block import HEAD, Row, block, head, last_block, layers_of, row_of, weights_of
+from private.block import HEAD, Bits, Row, block, head, last_block, layers_of, row_of, weights_of
 from private.embed import NO_TOKEN, TABLE, columns, embed, embed_next, silent, table_of
 from private.engine import CLIENT, SERVER
 from private.further import Place, Seats, make_room, next_block
 from private.nonlinear import SECURE, secure_argmax
+from private.pairs import Paired
 from private.plain import plain_block, plain_head
 
 
@@ -55,7 +56,8 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     whole = not layers or layers >= L
     client = engine.rank == CLIENT
     put = partial(put_weights, engine, public["shapes"], weights)
-    at_hand = partial(put, ahead=ahead)
+    bits = bits_of(public) if engine.forms else {}
+    at_hand = partial(put, ahead=ahead, bits=bits)
 
     padded = np.pad(ids, (0, T - len(ids)), constant_values=NO_TOKEN) if client else None
     x = embed(engine, public["embedding"], c, weights, T, padded, told, whole)  # (T, d)
@@ -71,8 +73,9 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
         if engine.plain:
             x = plain_block(op, x, put(f"blocks.{i}."), c)                      # (T, d)
         else:
+            own = Bits(*(bits.get(f"blocks.{i}.{name}") for name in Bits._fields))
             x = block(op, x, at_hand(f"blocks.{i}."), c, SECURE, units[2 * i:2 * i + 2],
-                      cache and cache.of(i))                                    # (T, d)
+                      cache and cache.of(i), own)                               # (T, d)
         told(f"layer {i + 1}/{L}", costs)
     if one_row:
         x = last_block(engine.op, x, row, put(f"blocks.{L - 1}."), c, SECURE,
@@ -138,6 +141,11 @@ def units_of(public):
     return public.get("layernorm_units") or [1.0] * (2 * public["config"]["n_layer"] + 1)
 
 
+def bits_of(public):
+    """{name: (bits, bits)} of what is multiplied in pairs; a plain export has nothing."""
+    return {name: tuple(pair) for name, pair in public.get("bits", {}).items()}
+
+
 def layers_to_run(shapes, layers, most):
     """
     (layer, times) of the layers to run: of equal neighbours at most `most`, 0 for all, the last of
@@ -159,10 +167,10 @@ def equal_layers(shapes, layers):
     return [list(group) for _, group in groupby(layers, arrays_of)]
 
 
-def put_weights(engine, shapes, weights, *prefixes, ahead=None):
+def put_weights(engine, shapes, weights, *prefixes, ahead=None, bits=()):
     """
     The server's arrays whose names start with one of the prefixes, as weights_of() has them; those
-    that are in `ahead` as they are there.
+    that are in `ahead` as they are there, and those that have `bits` as a Paired.
     """
     server = engine.rank == SERVER
     secrets = {}
@@ -171,6 +179,9 @@ def put_weights(engine, shapes, weights, *prefixes, ahead=None):
             continue
         if ahead and name in ahead:
             secrets[name] = ahead[name]
+        elif name in bits:
+            numbers = fixed(weights[name], bits[name][1]) if server else None
+            secrets[name] = Paired(engine.own(shape, SERVER, numbers), bits[name])
         else:
             secrets[name] = engine.put(shape, SERVER, weights[name] if server else None)
     return weights_of(secrets, *prefixes)

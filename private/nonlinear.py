@@ -5,7 +5,7 @@ import nothing of ours, to be copied like entropy.py. EXACT and SECURE at the en
 
 The engine is SPU 0.9.5 with 18 fraction bits of 64. Prices are those of its Cheetah protocol in
 bytes of both directions; docs/ledger.md measures every form. There softmax and the activations
-run as shares.py has them; the forms here serve the other protocols.
+run as forms.py has them; the forms here serve the other protocols.
 
     truncation, or a product with a public number      3
     choice by a secret bit                            16
@@ -121,15 +121,16 @@ def secure_normalise(x, unit=1.0):
 
 # ----------------------------------------------------------------------------------------- softmax
 LOGIT_UNIT = 5.0  # what logits are counted in, so that the fit's interval is two units long
+FACTOR = 7        # a power of two of LOGIT_UNIT / FACTOR is a step of forms.py
 REACH = 2.0       # a logit so many units below its row's largest counts as 0: exp(-10) is 5e-5
 FIT_Q = (1.12407806, -0.08025701, -0.03571631)  # experiments/fit.py makes these
 FIT_E = (0.03488004, 0.05551102, 0.02930196, 0.03640795, 0.00627089)
 
 
-def exponentials(s):
+def exponentials(s, bits=None):
     """
     exp(logit - row maximum) of the logits s (H, T, T), counted in LOGIT_UNITs, on the causal half;
-    0 above the diagonal.
+    0 above the diagonal. bits: see forms.py.
     """
     s = jnp.where(np.tri(s.shape[-1], dtype=bool), LOGIT_UNIT * s, -jnp.inf)
     return jnp.exp(s - s.max(-1, keepdims=True))
@@ -190,7 +191,7 @@ def causal_row_max(s):
     return s
 
 
-def secure_exponentials(s):
+def secure_exponentials(s, bits=None):
     """
     exponentials() on the causal half alone: T (T + 1) / 2 entries are packed, exp'ed and put back
     among zeros. Range: all s. Price: clipped_exp() and causal_row_max() of every causal entry.

@@ -1,6 +1,7 @@
 """
 Do a model's numbers fit the engine? It has 18 fraction bits of 64, products up to 2^26, attention's
-up to LIMITS, and a LayerNorm for rows near a given unit. Two parties on two machines never see what
+up to LIMITS, a LayerNorm for rows near a given unit, and products in pairs, see shares.py, up to a
+size that is chosen for each. Two parties on two machines never see what
 the clear would give, so that pi_export.py asks here, before any private run.
 """
 import math
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from private.block import (HEAD, Row, block, head, last_block, layers_of, logits, row_of,
-                           weights_of)
+from private.block import (HEAD, Row, add_linear, block, divide, head, last_block, layers_of,
+                           linear, logits, row_of, scale_add_linear, scores, weights_of)
 from private.files import PRODUCT, check_weights
-from private.nonlinear import ACTIVATION_KIND, CENTRE, EPSILON, EXACT
+from private.nonlinear import ACTIVATION_KIND, CENTRE, EPSILON, EXACT, FACTOR, LOGIT_UNIT
 
 LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form in shares.py:
     "scores": 2.0**14,      # in LOGIT_UNITs; two of them must lie within 2^31 of its steps,
@@ -24,20 +25,28 @@ LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form i
     "relu": 2.0**15,        # as all of these activations' inputs, with 15 in 32
     "gelu": 2.0**15,
 }
-STEP = 2.0**-18            # the engine's resolution,
+FRACTION = 18              # bits of the engine's numbers,
+STEP = 2.0**-FRACTION      # its resolution,
 EMBEDDING_STEP = 2.0**-16  # and that of embeddings, see embed.py
 NEAR = 1 / 16              # share of a limit that is warned of, since other text may go further
 BLURRED, GARBLED = 0.05, 0.5  # error of a row of logits by rounding, of its spread: warned, refused
 LEAST_ROW = 1 / 32         # rows that secure_normalise() holds for: standard deviation in units
 TEXT, RANDOM = 4, 2        # contexts of either that are tried
+IN_PAIRS = 30              # bits of a product in pairs, but its sign,
+MARGIN = 4                 # of which as many are left as it takes to grow so many times
+ROUNDING = 0.6             # the error of fewer bits, of a last one;
+SLIGHT = 2e-3              # error of a product by rounding to few bits, of its numbers' size; more:
+SLIGHT_STEPS = 8           # or fewer of the engine's steps;
+SLIGHT_NATS = 4e-3         # it is made whole. Of logits: a weight p is off by p (1 - p) times that
 TINY = 1e-30               # so that 0 / 0 is 0
 CURE = "train it with more weight decay, a lower learning rate or temperatures nearer 1"
 
 
 def check_range(c, arrays, text=None):
     """
-    The units of the 2 L + 1 LayerNorms of a model of GPTConfig c that was exported as `arrays`, a
-    list of powers of two; 1.0 where there is none. text: token ids it may be asked about.
+    (units, bits) of a model of GPTConfig c that was exported as `arrays`: of the 2 L + 1 LayerNorms
+    a list of powers of two, 1.0 where there is none; and {name: (bits, bits)}, the fraction bits of
+    both factors of those products that are made in pairs. text: token ids it may be asked about.
 
     Raises ValueError, naming layer, figure and cure, if the engine would garble the model, and
     warns on stderr if it may. Certain for all text: every weight is a number that the engine holds.
@@ -47,7 +56,7 @@ def check_range(c, arrays, text=None):
     """
     check_weights(arrays)
     if "blocks.0.v" in arrays:  # plain.py's, whose formulas have ranges of their own
-        return [1.0] * (2 * c.n_layer + 1)
+        return [1.0] * (2 * c.n_layer + 1), {}
     watch = Watch(c.n_layer)
     with jax.experimental.enable_x64():
         follow(watch, c, arrays, contexts(c, arrays["wte"], text))
@@ -55,14 +64,18 @@ def check_range(c, arrays, text=None):
     judge_rounding(watch)
     places = [f"layer {i // 2 + 1}'s LayerNorm" for i in range(2 * c.n_layer)]
     places.append("the final LayerNorm")
-    return [unit_of(rows, place, c.n_embd) for rows, place in zip(watch.rows, places, strict=True)]
+    units = [unit_of(rows, place, c.n_embd)
+             for rows, place in zip(watch.rows, places, strict=True)]
+    bits = {name: bits_of(product) for name, product in watch.products.items()}
+    return units, {name: pair for name, pair in bits.items() if pair}
 
 
 # --------------------------------------------------------------------------------- a pass, watched
 class Both(NamedTuple):
-    """A value twice: as it is, and as the engine rounds it."""
+    """A value twice: as it is, and as the engine rounds it; and of an array its name."""
     exact: jax.Array
     rounded: jax.Array
+    name: str = ""
 
     @property
     def shape(self):
@@ -76,10 +89,12 @@ class Watch:
         self.largest = {}  # (layer, step): the largest number
         self.blur = {}     # (layer, step): the error of rounding in a row, of the numbers' size
         self.rows = [[] for _ in range(2 * n_layer + 1)]  # standard deviations into each LayerNorm
-        self.enter("", 0)
+        self.products = {}  # by its name in public.json: the Product of those that pairs suit
+        self.enter("the embedding", "", 0)
 
-    def enter(self, layer, first_norm):
+    def enter(self, layer, prefix, first_norm):
         self.layer = layer
+        self.prefix = prefix
         self.first_norm = first_norm
         self.norms = 0
 
@@ -97,6 +112,10 @@ class Watch:
         reach = np.nan_to_num(jnp.abs(numbers).max(), nan=np.inf, posinf=np.inf)
         self.largest[step] = max(self.largest.get(step, 0.0), float(reach))
         self.blur[step] = max(self.blur.get(step, 0.0), float((error / (size + TINY)).max()))
+        name, product = product_of(function, self.prefix, values, exact)
+        if product:
+            before = self.products.get(name, product)
+            self.products[name] = Product(*map(max, before, product))
         return Both(exact, rounded)
 
 
@@ -128,7 +147,8 @@ def contexts(c, wte, text):
 def follow(watch, c, arrays, contexts):
     """Take all contexts through the model by layers, the last both whole and by its one row."""
     def weights(*prefixes):
-        mine = {name: both(a) for name, a in arrays.items() if name.startswith(prefixes)}
+        mine = {name: both(a)._replace(name=name) for name, a in arrays.items()
+                if name.startswith(prefixes)}
         return weights_of(mine, *prefixes)
 
     def embedded(ids):
@@ -139,15 +159,73 @@ def follow(watch, c, arrays, contexts):
     row = Row(*(both(mask) for mask in row_of(c.block_size - 1, c.block_size)))
     xs = [embedded(ids) for ids in contexts]
     for i in layers_of(arrays):
-        watch.enter(f"layer {i + 1}", 2 * i)
+        watch.enter(f"layer {i + 1}", f"blocks.{i}.", 2 * i)
         w = weights(f"blocks.{i}.")
         if i == c.n_layer - 1:
             rows = [last_block(watch, x, row, w, c, EXACT) for x in xs]
         xs = [block(watch, x, w, c, EXACT) for x in xs]
-    watch.enter("the head", 2 * c.n_layer)
+    watch.enter("the head", "", 2 * c.n_layer)
     w = weights(*HEAD)
     for x in xs + rows:
         head(watch, x, w, c, EXACT)
+
+
+# ------------------------------------------------------------------------- what is made in pairs
+class Product(NamedTuple):
+    """What decides on the fraction bits of a product's two factors, the most that was seen."""
+    reach: float   # the largest number
+    first: float   # its error by an error of 1 in each number of the first factor,
+    second: float  # and of the second
+    demand: float  # one over the error that is slight
+
+
+MATRIX = {linear: (0, 1), add_linear: (1, 2), scale_add_linear: (1, 3)}  # x and W among the values
+
+
+def rms(a):
+    return float(jnp.sqrt((a**2).mean())) + TINY
+
+
+def largest(a):
+    return float(jnp.abs(a).max()) + TINY
+
+
+def slight(a):
+    """The error that is slight, of numbers like these; the engine's own is a step or two."""
+    return max(SLIGHT * rms(a), SLIGHT_STEPS * STEP)
+
+
+def product_of(function, prefix, values, exact):
+    """(its name in public.json, its Product) of a step that can be made in pairs; else Nones."""
+    factors = [value.exact for value in values]
+    if function in MATRIX and prefix:
+        x, W = (factors[place] for place in MATRIX[function])
+        y, terms = x @ W, math.sqrt(len(W))
+        product = Product(largest(y), terms * rms(W), terms * rms(x), 1 / slight(y))
+        return values[MATRIX[function][1]].name, product
+    if function is scores:
+        q, k, _ = jnp.split(factors[0], 3, axis=1)
+        nats = LOGIT_UNIT * math.sqrt(q.shape[1] / len(exact))
+        product = Product(FACTOR * max(1.0, largest(exact)), nats * rms(k) / FACTOR, nats * rms(q),
+                          1 / SLIGHT_NATS)
+        return prefix + "scores", product
+    if function is divide:
+        y, e = factors
+        product = Product(largest(exact), rms(1 / e.sum(-1)), rms(y), 1 / slight(exact))
+        return prefix + "divide", product
+    return None, None
+
+
+def bits_of(product):
+    """The fraction bits (first, second) of a Product's factors; None if too few for its demand."""
+    total = IN_PAIRS - math.ceil(math.log2(MARGIN * product.reach))
+    if total < 2:
+        return None
+    first = round((total + math.log2(product.first / product.second)) / 2)
+    first = min(max(first, 1), FRACTION, total - 1)
+    second = min(total - first, FRACTION)
+    error = ROUNDING * math.hypot(product.first / 2**first, product.second / 2**second)
+    return (first, second) if error * product.demand < 1 else None
 
 
 # ----------------------------------------------------------------------------------------- verdicts

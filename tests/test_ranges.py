@@ -27,7 +27,7 @@ from private.block import row_of  # noqa: E402
 from private.engine import runtime_config  # noqa: E402
 from private.files import (PRODUCT, load_embedding, load_public, load_server,  # noqa: E402
                            write_whole)
-from private.ranges import check_range  # noqa: E402
+from private.ranges import MARGIN, Product, bits_of, check_range  # noqa: E402
 
 PROTOCOL = os.environ.get("SPU_PROTOCOL", "semi2k")
 d = 768  # 1/768 is far from a multiple of 2^-18, at a width that is used
@@ -161,13 +161,38 @@ def test_units_are_near_the_rows_of_the_text(capsys):
             ln.register_forward_pre_hook(lambda _, x, at=2 * i + j: rows.update({at: x[0].std(-1)}))
     model.ln_f.register_forward_pre_hook(lambda _, x: rows.update({4: x[0].std(-1)}))
     text = np.random.default_rng(1).integers(0, 100, 200)
-    units = check_range(model.config, export(model), text)
+    units, _ = check_range(model.config, export(model), text)
     model(torch.from_numpy(text[None, :16]))
     assert len(units) == 5
     for i, unit in enumerate(units):
         assert np.log2(unit) == round(np.log2(unit))
         assert 64 * unit > rows[i].max()
         assert unit / 32 < rows[i].min()
+
+
+def test_bits_leave_room_for_what_was_seen_and_round_it_slightly():
+    product = Product(reach=5.0, first=2.0, second=0.5, demand=1e3)
+    first, second = bits_of(product)
+    assert 2**29 / 2 < MARGIN * product.reach * 2 ** (first + second) <= 2**30
+    error = 0.6 * np.hypot(product.first / 2**first, product.second / 2**second)
+    assert error < 1 / product.demand
+    for shift in (-1, 1):
+        other = np.hypot(product.first / 2 ** (first + shift), product.second / 2 ** (second - shift))
+        assert 0.6 * other >= error
+    assert bits_of(product._replace(demand=1e6)) is None
+    assert bits_of(product._replace(reach=1e9)) is None
+    assert bits_of(product._replace(reach=1e-30)) == (18, 18)
+
+
+def test_products_that_a_few_bits_would_garble_are_made_whole():
+    _, common = check_range(*of(model_of()))
+    _, great = check_range(*of(scaled("attn.qk", 1e3)))
+    assert {"blocks.0.qkv", "blocks.0.scores", "blocks.0.divide", "blocks.1.o"} <= common.keys()
+    assert not any(name.endswith("scores") for name in great)
+
+
+def of(model):
+    return model.config, export(model)
 
 
 def test_text_outside_the_vocabulary_is_refused():
@@ -285,12 +310,20 @@ def test_edited_weights_are_refused(folder, change):
     lambda public: public.update(layernorm_units=[0.0] * 5),
     lambda public: public.update(layernorm_units=[3.0] * 5),
     lambda public: public.update(layernorm_units=[float("inf")] * 5),
+    lambda public: public.update(bits={"blocks.0.o": [0, 12]}),
+    lambda public: public.update(bits={"blocks.0.o": [12, 19]}),
+    lambda public: public.update(bits={"blocks.0.o": [12, 12, 12]}),
+    lambda public: public.update(bits={"blocks.0.o": [12.0, 12]}),
+    lambda public: public.update(bits={"blocks.0.o_b": [12, 12]}),
+    lambda public: public.update(bits={"blocks.2.scores": [12, 12]}),
+    lambda public: public.update(bits={"blocks.0.scores": [14, 14]}),
+    lambda public: public.update(bits=[]),
     lambda public: public.update(tokenizer="gpt2"),
     lambda public: public.update(tokenizer={}),
     lambda public: public.update(embedding=7),
     lambda public: public.update(embedding="public"),
     *[lambda public, key=key: public.pop(key) for key in
-      ("config", "shapes", "tokenizer", "embedding", "layernorm_units", "hash")],
+      ("config", "shapes", "tokenizer", "embedding", "layernorm_units", "bits", "hash")],
 ])
 def test_odd_numbers_in_public_json_are_one_line(folder, change):
     edit(folder / "public.json", change)

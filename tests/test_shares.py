@@ -1,4 +1,4 @@
-"""shares.py: identities of shares drawn at random, and its forms between two real parties."""
+"""Shares drawn at random: identities, and forms.py's and pairs.py's forms of two real parties."""
 import sys
 from functools import partial
 
@@ -8,14 +8,20 @@ from conftest import tell, told_by_two_parties
 
 pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 
-from private import shares  # noqa: E402
-from private.nonlinear import EXACT, LOGIT_UNIT  # noqa: E402
+from private import forms, shares  # noqa: E402
+from private.nonlinear import EXACT, FACTOR, LOGIT_UNIT  # noqa: E402
 from private.ranges import LIMITS  # noqa: E402
 
 H, T, d_k = 2, 24, 8
 rng = np.random.default_rng(0)
 QKV = rng.normal(size=(T, 3 * H * d_k))
-CASES = [(T, 1.0), (T, 2e3), (1, 1.0)]  # rows, and what Q is times
+IN_PAIRS = (13, 12), (14, 13)  # bits of Q and K, of values and 1 / sum
+CASES = [(T, 1.0, ()), (T, 2e3, ()), (1, 1.0, ()),  # rows, what Q is times, bits
+         (T, 0.3, IN_PAIRS), (T - 1, 0.3, IN_PAIRS)]
+LEFT = rng.integers(-2**10, 2**10, (5, 64)) / 2.0**10  # rows, an odd number, two of the largest sums
+LEFT[[1, 3]] = 1
+RIGHT = rng.integers(-2**13, 2**13, (64, 6)) / 2.0**13
+RIGHT[:, 2:4] = 0.99, -0.99  # 64 of them are nearly 2^30 units of 2^-24
 EDGE = LIMITS["gelu"]
 X = np.array([-EDGE, -9e3, -4, -1, -1e-4, 0, 1e-4, 1, 4, 9e3, EDGE])[None].repeat(130, axis=0)
 ACTIVATED = {"relu": 1e-4, "gelu": 7e-3}  # how near the forms are
@@ -42,33 +48,47 @@ def test_low_bits_are_dropped_from_any_shares():
     assert error.max() <= 0
 
 
+@pytest.mark.parametrize("bits", [1, 7, 12, 32])
+def test_the_second_of_a_pair_loses_low_bits_alone(bits):
+    """in_pairs() moves a share of b down by itself, and then above a's."""
+    b = np.random.default_rng(2).integers(-2**30 << bits, 2**30 << bits, 100_000)
+    half = np.uint64(1 << (bits - 1))
+    halves = [((share + half) >> np.uint64(bits)) << np.uint64(32) for share in split(b)]
+    error = ((halves[0] + halves[1]).view(np.int64) >> 32) - b / 2.0**bits
+    assert np.abs(error).max() <= 1
+    assert abs(error.mean()) < 0.01 + 0.5**bits
+
+
 def test_logits_at_their_limit_are_told_apart():
+    nats = forms.CLIP / forms.STEPS
     s = np.array([-LIMITS["scores"], 0, LIMITS["scores"]]) * 2.0**36
     for seed in range(100):
-        a, b = (shares.without_low_bits(share * np.uint64(shares.FACTOR), shares.DROPPED)
+        a, b = (shares.without_low_bits(share * np.uint64(FACTOR), forms.DROPPED)
                 for share in split(s, seed))
         steps = (a + b).view(np.int32)
-        assert np.abs(steps * shares.NATS - s * LOGIT_UNIT / 2.0**36).max() < 2 * shares.NATS
+        assert np.abs(steps * nats - s * LOGIT_UNIT / 2.0**36).max() < 2 * nats
         assert (steps[:-1] - steps[1:] < 0).all()
         assert steps[0] - steps[-1] < 0
 
 
-def test_the_exponential_is_a_product_of_a_factor_of_each_party():
-    """Every x up to the clip, and shares at both ends of each half."""
-    x = np.arange(shares.STEPS)
-    ends = [0, 1, shares.STEPS - 1, shares.STEPS, 2 * shares.STEPS - 1]
+@pytest.mark.parametrize("steps", [forms.STEPS, forms.pair_steps((9, 11)), 2**31])
+def test_the_exponential_is_a_product_of_a_factor_of_each_party(steps):
+    """x up to the clip, and shares at both ends of each half."""
+    x = np.linspace(0, steps - 1, 2**16).astype(np.int64)
+    nats = forms.CLIP / steps
+    ends = [0, 1, steps - 1, steps, 2 * steps - 1]
     firsts = [np.full(x.shape, end, np.uint32) for end in ends]
     firsts.append(np.random.default_rng(2).integers(0, 2**32, x.shape, np.uint32))
     for first in firsts:
-        v, top = shares.own_half(first)
-        v_1, top_1 = shares.own_half(x.astype(np.uint32) - first)
-        assert np.array_equal(v + v_1 + 2 * shares.STEPS * (top & top_1), x)
-        if_positive, if_negative = shares.server_factors(v_1, top_1)
-        factors = shares.client_factor(v, top), np.where(top, if_negative, if_positive)
+        v, top = forms.own_half(first, steps)
+        v_1, top_1 = forms.own_half(x.astype(np.uint32) - first, steps)
+        assert np.array_equal(v + v_1 + 2 * steps * (top & top_1), x)
+        if_positive, if_negative = forms.server_factors(nats * v_1, top_1)
+        factors = forms.client_factor(nats * v, top), np.where(top, if_negative, if_positive)
         assert all(0 <= factor.min() and factor.max() < 2**30.5 for factor in factors)
-        e = factors[0].round() * factors[1] / 2.0**shares.EXP_BITS
-        assert np.abs(e - np.exp(-shares.NATS * x)).max() < 2e-4
-        assert np.sqrt(((e - np.exp(-shares.NATS * x)) ** 2).mean()) < 5e-5
+        e = factors[0].round() * factors[1] / 2.0**forms.EXP_BITS
+        assert np.abs(e - np.exp(-nats * x)).max() < 2e-4
+        assert np.sqrt(((e - np.exp(-nats * x)) ** 2).mean()) < 5e-5
 
 
 def test_another_spu_is_refused(monkeypatch):
@@ -89,13 +109,14 @@ def test_what_is_no_additive_share_is_refused():
 
 
 # -------------------------------------------------------------------------------- two parties
-def steps_of(op, qkv, f):
+def steps_of(op, qkv, f, bits=()):
     """The steps of block.attention() from Q, K and V on."""
-    from private.block import divide, mix, scores
-    s = op("matmul", scores, qkv, n_head=H)
-    e = op("softmax", f.exponentials, s)
+    from private.block import Bits, divide, mix, scores
+    bits = Bits(*bits)
+    s = op("matmul", scores, qkv, n_head=H, bits=bits.scores)
+    e = op("softmax", f.exponentials, s, bits=bits.scores)
     y = op("matmul", mix, e, qkv, n_head=H)
-    return op("softmax", divide, y, e, reciprocal=f.reciprocal, most=T)
+    return op("softmax", divide, y, e, reciprocal=f.reciprocal, most=T, bits=bits.divide)
 
 
 def party(rank, addresses):
@@ -104,10 +125,10 @@ def party(rank, addresses):
     from private.nonlinear import SECURE
     engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
     results = []
-    for rows, scale in CASES:
+    for rows, scale, bits in CASES:
         share = split(np.rint(qkv_of(rows, scale) * 2.0**18), seed=3)[rank]
         qkv = engine.hold(share, dtype=np.float32)
-        found = engine.reveal(steps_of(engine.op, qkv, SECURE))
+        found = engine.reveal(steps_of(engine.op, qkv, SECURE, bits))
         results.append(None if found is None else found.tolist())
     for name in ACTIVATED:
         x = engine.hold(split(np.rint(X * 2.0**18), seed=4)[rank], dtype=np.float32)
@@ -116,7 +137,7 @@ def party(rank, addresses):
     costs = [(kind, cost.tolist()) for kind, _, cost in engine.costs]
     op = partial(engine.op, "other")
     for found in (shares.truncated(op, engine, split(GREAT, seed=5)[rank]), pairs(op, engine),
-                  hidden_rows(op, engine)):
+                  hidden_rows(op, engine), rows_in_pairs(op, engine)):
         found = engine.reveal(found)
         results.append(None if found is None else found.tolist())
     tell(engine, [results, costs])
@@ -139,6 +160,18 @@ def hidden_rows(op, engine):
     return op(SECURE.row_exponentials, s, *masks)
 
 
+def rows_in_pairs(op, engine):
+    """LEFT RIGHT + LEFT's first columns, the matrix the server's: sums of 2^30 units at most."""
+    from private.block import add_linear
+    from private.engine import SERVER
+    from private.pairs import Paired
+    own = shares.signed(RIGHT * 2.0**13)
+    W = Paired(engine.own(RIGHT.shape, SERVER, own), (11, 13))
+    x, y = (engine.hold(split(a * 2.0**18, seed=8)[engine.rank], dtype=np.float32)
+            for a in (LEFT[:, :6], LEFT))
+    return op(add_linear, x, y, W)
+
+
 def qkv_of(rows, scale):
     return QKV[:rows] * np.repeat((scale, 1.0, 1.0), H * d_k)
 
@@ -155,33 +188,40 @@ def test_the_softmax_of_two_parties(seen):
     (found, _), (none, _) = seen
     assert none == [None] * len(found)
     for y, case in zip(found, CASES):
-        exact = np.asarray(steps_of(now, qkv_of(*case).astype(np.float32), EXACT))
+        exact = np.asarray(steps_of(now, qkv_of(*case[:2]).astype(np.float32), EXACT))
         assert np.sqrt(((y - exact) ** 2).mean()) < 3e-4
         assert np.abs(y - exact).max() < 3e-3
 
 
 def test_activations_of_two_parties(seen):
     """Up to the limit that ranges.py knows, and on more rows than are taken at a time."""
-    found = seen[0][0][len(CASES):-3]
+    found = seen[0][0][len(CASES):-4]
     for y, (name, error) in zip(found, ACTIVATED.items(), strict=True):
         assert np.abs(y - np.asarray(EXACT.activation[name](X.astype(np.float32)))).max() < error
 
 
 def test_a_truncation_by_18_bits_alone(seen):
-    y = np.array(seen[0][0][-3])
+    y = np.array(seen[0][0][-4])
     assert np.abs(y * 2.0**36 - GREAT).max() < 2.0**19 + 2.0**62 * 2.0**-23  # float32 has 24 bits
 
 
 def test_numbers_two_in_one_come_apart(seen):
     """Up to the limit of a sum of two embeddings, of either sign, and an odd one left over."""
-    y = np.array(seen[0][0][-2])
+    y = np.array(seen[0][0][-3])
     assert np.abs(y * 2.0**16 - PAIRS).max() < 2.0**30 * 2.0**-23
 
 
 def test_hidden_places_of_rows_at_their_limit(seen):
-    e = np.array(seen[0][0][-1]) / 2.0**shares.E_BITS
+    e = np.array(seen[0][0][-2]) / 2.0**forms.E_BITS
     assert np.abs(e[..., :3] - np.exp(LOGIT_UNIT * np.array([0, -0.1, -0.3]))).max() < 1e-3
     assert np.abs(e[..., 3:]).max() < 1e-6
+
+
+def test_rows_two_in_one_are_multiplied_by_themselves(seen):
+    """Up to sums of either sign near their limit, in the first of a pair or in the second."""
+    exact = LEFT @ RIGHT
+    assert 2**29.9 < np.abs(exact).max() * 2**24 < 2**30
+    assert np.abs(np.array(seen[0][0][-1]) - exact - LEFT[:, :6]).max() < 0.02
 
 
 def test_the_parts_of_a_form_are_entered_under_its_kind(seen):

@@ -1,0 +1,54 @@
+"""
+Products by the server's matrices, two rows of a prompt in one.
+
+A row x_i and the one T / 2 places behind it, whole numbers of few bits, are one row of the ring's
+numbers, x_i + 2^32 x_j. So half as many rows are multiplied, and their products come apart again,
+see shares.py. For that the products must stay below 2^30, fraction bits included: ranges.py shares
+these out between x and W, so that the products it has seen may grow fourfold. Rounding to so few
+bits is off by 1e-3 of the products' size at most, or the product isn't made in pairs.
+
+Price: 22 bytes less for each number of a product, and a third less time.
+"""
+import jax.numpy as jnp
+import numpy as np
+
+from private.ahead import scale_add
+from private.block import add_linear, linear, scale_add_linear
+from private.shares import FRACTION, apart, in_pairs
+
+
+class Paired:
+    """
+    A matrix of the server's, as a secret in whole numbers, and the fraction bits of what it
+    multiplies and of itself, (x_bits, W_bits). It stands for a secret among the values of an op().
+    """
+
+    def __init__(self, secret, bits):
+        self.secret = secret
+        self.bits = bits
+
+
+def linear_in_pairs(op, engine, x, W, b=None):
+    x = engine.numbers(x)
+    rows, half = len(x), -(-len(x) // 2)
+    x = np.pad(x, ((0, 2 * half - rows), (0, 0)))
+    pairs = in_pairs(op, engine, x[:half], x[half:], FRACTION - W.bits[0])
+    y = engine.numbers(op(linear, engine.hold(pairs), W.secret))
+    y = apart(op, engine, y, sum(W.bits) - FRACTION, axis=0)[:rows]
+    y = engine.hold(y, dtype=np.float32)
+    return y if b is None else op(jnp.add, y, b)
+
+
+def add_linear_in_pairs(op, engine, x, y, W, b=None):
+    return op(jnp.add, x, linear_in_pairs(op, engine, y, W, b))
+
+
+def scale_add_linear_in_pairs(op, engine, x, y, beta, W, b=None):
+    return op(scale_add, beta, x, linear_in_pairs(op, engine, y, W, b))
+
+
+Paired.forms = {  # of functions of block.py, where one is among their values
+    linear: linear_in_pairs,
+    add_linear: add_linear_in_pairs,
+    scale_add_linear: scale_add_linear_in_pairs,
+}
