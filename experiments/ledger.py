@@ -48,16 +48,20 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from model import GPTConfig  # noqa: E402
-from private.block import Row, now, row_attention, row_of, split_heads  # noqa: E402
+from private.ahead import fixed  # noqa: E402
+from private.block import (Row, divide, join_heads, linear, now, row_attention,  # noqa: E402
+                           row_of, scores, split_heads)
 from private.embed import GROUP, ROWS  # noqa: E402
 from private.engine import CLIENT, SERVER, Engine  # noqa: E402
+from private.forms import E_BITS, EXP_BITS, S_BITS  # noqa: E402
 from private.infer import one_of_each  # noqa: E402
 from private.lookup import buckets, queries  # noqa: E402
 from private.nonlinear import (  # noqa: E402
-    EXACT, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only,
+    EXACT, FACTOR, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only,
     row_exponentials, secure_argmax, secure_exp, secure_exponentials, secure_gelu,
     secure_normalise, secure_reciprocal, secure_row_exponentials, square)
-from private.shares import E_BITS  # noqa: E402
+from private.pairs import Paired  # noqa: E402
+from private.shares import FRACTION  # noqa: E402
 
 H, d, T, V = n_head, n_embd, block_size, vocab_size
 d_k = d // H
@@ -82,20 +86,22 @@ def shared(value, dtype=np.float32):
     return engine.op("share", jnp.add, own(CLIENT, mask, dtype), own(SERVER, value - mask, dtype))
 
 
-def measure(what, form, exact, function, *secrets, times=1, bits=0, steps=False, **static):
+def measure(what, form, exact, function, *secrets, times=1, fraction=0, steps=False, **static):
     """
     A row: one form of one operation. exact: what should come out, or None; times: how many of it
-    the whole takes; bits: the fraction bits of what comes out as integers; steps: whether the
-    function takes op() first, to make ops of its own.
+    the whole takes; fraction: the fraction bits of what comes out as integers; steps: whether
+    the function takes op() first, to make ops of its own.
     """
     before = len(engine.costs)
     if steps:
         found = function(engine.op, *secrets)
     else:
         found = engine.op(what, function, *secrets, **static)
+    if fraction and found.ring.bits == 64:  # what is revealed of an int32 has 32 bits
+        found, fraction = engine.hold(engine.numbers(found), dtype=np.float32), fraction - FRACTION
     got = engine.reveal(found)
     if rank == CLIENT:
-        got = got / 2.0**bits
+        got = got / 2.0**fraction
         traffic, messages, seconds, _ = times * sum(cost for _, _, cost in engine.costs[before:])
         error = None if exact is None else float(np.abs(got - np.asarray(exact)).max())
         rows.append({"what": what, "form": form, "MB": traffic / 1e6, "messages": messages,
@@ -110,7 +116,7 @@ def softmax():
     i, j = np.tril_indices(T)
     u = (s - largest)[:, i, j].clip(-CLIP) + 1                                 # (H, T (T + 1) / 2)
     secret_s, secret_u = shared(s), shared(u)
-    in_integers = shared(s * 2.0**18)  # as the scores by shares are
+    in_integers = shared(s * 2.0**FRACTION)  # as the scores by shares are
 
     what = "a square of every causal logit"
     measure(what, "x * x", u * u, lambda u: u * u, secret_u)
@@ -134,7 +140,7 @@ def softmax():
     what = "softmax without its division"
     measure(what, "T x T, masked after", e, masked_after, secret_s)
     measure(what, "secure_exponentials", e, lambda s: secure_exponentials(s), secret_s)
-    measure(what, "by shares", e, secure_exponentials, in_integers, bits=E_BITS)
+    measure(what, "by shares", e, secure_exponentials, in_integers, fraction=E_BITS)
     clipped = np.exp(LOGIT_UNIT * (s[:, i, j].clip(-1, 1) - 1))
     measure(what, "a range known beforehand: no maxima, but a clip on both sides", clipped,
             of_known_range, secret_s)
@@ -154,6 +160,32 @@ def softmax():
     what = "dividing by the sum"
     measure(what, "the weights, T x T", e * total, jnp.multiply, secret_e, secret_total)
     measure(what, "what they weigh, T x d_k", v * total, jnp.multiply, secret_v, secret_total)
+
+
+def in_pairs():
+    """Products of two numbers in one beside whole ones, with bits like those of a trained layer."""
+    qkv = rng.normal(size=(T, 3 * d)) * np.repeat((0.25, 0.3, 1), d)
+    q, k, v = split_heads(qkv, H)
+    s = q @ k.transpose(0, 2, 1)
+    secret_qkv = shared(qkv)
+    measure("Q K^T", "whole", s, scores, secret_qkv, fraction=S_BITS, n_head=H)
+    measure("Q K^T", "keys in pairs", FACTOR * s, scores, secret_qkv, fraction=23, n_head=H,
+            bits=(12, 11))
+
+    e = np.asarray(exponentials(s))
+    y = e @ v
+    exact = join_heads(y / e.sum(-1, keepdims=True))
+    secrets = shared(y * 2.0 ** (EXP_BITS - FRACTION)), shared(e * 2.0 ** (E_BITS - FRACTION))
+    static = {"reciprocal": SECURE.reciprocal, "most": T}
+    measure("dividing by shares", "whole", exact, divide, *secrets, **static)
+    measure("dividing by shares", "columns in pairs", exact, divide, *secrets, **static,
+            bits=(12, 15))
+
+    x, W = rng.normal(size=(T, d)), rng.normal(size=(d, 3 * d)) / math.sqrt(d)
+    X = shared(x)
+    measure("Q, K and V", "whole", x @ W, linear, X, own(SERVER, W))
+    numbers = engine.own(W.shape, SERVER, fixed(W, 15))
+    measure("Q, K and V", "rows in pairs", x @ W, linear, X, Paired(numbers, (11, 15)))
 
 
 def ffn_and_layernorm():
@@ -202,8 +234,8 @@ def last_row():
     what = "the last block's softmax"
     measure(what, "one row", e, lambda *values: secure_row_exponentials(*values),
             shared(s), secret.hidden, secret.left)
-    measure(what, "one row, by shares", e, secure_row_exponentials, shared(s * 2.0**18),
-            secret.hidden, secret.left, bits=E_BITS)
+    measure(what, "one row, by shares", e, secure_row_exponentials, shared(s * 2.0**FRACTION),
+            secret.hidden, secret.left, fraction=E_BITS)
 
     c = GPTConfig(block_size=T, n_head=H, n_embd=d, use_layernorm=False)
     x = rng.normal(size=(T, d)) * 2
@@ -277,6 +309,7 @@ measure("set-up", "once", None, one_of_each, own(CLIENT, ones), own(SERVER, ones
 narrow = engine.hold(ones, bits=32)
 measure("set-up", "of the ring mod 2^32", None, jnp.maximum, narrow, engine.hold(ones, bits=32))
 softmax()
+in_pairs()
 ffn_and_layernorm()
 last_row()
 embedding_and_argmax()
