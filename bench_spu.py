@@ -57,6 +57,7 @@ ahead = False            # make the prompt's products by weights before asking: 
 temperature = 0.0        # of the client's choice among revealed logits; 0: the most likely token
 top_k = 0                # and that among so many of the likeliest; 0: all
 embedding = "private"    # role both: private | public (the client has them, see pi_export.py)
+pairs = True             # role both: multiply two numbers in one, see pi_export.py
 reveal = "logits"        # what the client learns: logits, or only the most likely token
 windows = 0              # also compare secure with plain on so many windows of held-out text
 windows_file = ""        # client: the .bin of uint16 tokens they are cut from; both: else val.bin
@@ -101,7 +102,7 @@ BOUNDS = {  # least and most
 }
 MODEL = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "final_layernorm",
          "temperature_init", "bias", "gelu_tanh", "uniform_layers", "positional_layers")
-ROLE_BOTH = ("ckpt", "archs", "network", "baseline", "chart", "from_json")
+ROLE_BOTH = ("ckpt", "archs", "pairs", "network", "baseline", "chart", "from_json")
 PATHS = ("private", "public", "draft", "prompts", "windows_file", "tls", "json", "logits_file",
          "chart", "from_json")
 RESULT = {"arch", "n_layer", "protocol", "bytes_total", "bytes_by_kind", "measured_layers"}
@@ -179,10 +180,11 @@ def describe(model, name, s):
         "max_abs_err": None,
         "nonlinear_ops": {kind: f"{n} x {rows}x{columns}" for kind, (n, (rows, columns)) in ops},
         "flops": model.flops(),
-        "settings": {"reveal": reveal, "embedding": embedding, "tls": bool(tls), "seed": seed,
-                     "max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens,
-                     "ahead": ahead, "guesses": guesses, "temperature": temperature, "top_k": top_k,
-                     "plain": s.plain, "weights": "random" if archs else "trained"},
+        "settings": {"reveal": reveal, "embedding": embedding, "pairs": pairs, "tls": bool(tls),
+                     "seed": seed, "max_new_tokens": max_new_tokens,
+                     "prompt_tokens": prompt_tokens, "ahead": ahead, "guesses": guesses,
+                     "temperature": temperature, "top_k": top_k, "plain": s.plain,
+                     "weights": "random" if archs else "trained"},
         "versions": {"spu": spu.__version__, "torch": torch.__version__,
                      "numpy": numpy.__version__, "python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores for all parties",

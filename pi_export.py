@@ -62,6 +62,7 @@ from private.ranges import check_range  # noqa: E402
 ckpt = "out/ckpt.pt"  # a checkpoint of train.py
 out = "out/private"  # folder for server.npz, public.json and, of a public embedding, embedding.npz
 embedding = "private"  # private | public: the client is given the embeddings, and looks up for free
+pairs = True  # multiply two numbers in one: cheaper, and right up to four times what was tried
 text = ""  # .bin of uint16 tokens to try ranges on; the val.bin of the training if empty
 
 
@@ -326,15 +327,15 @@ def flat(arrays, blocks, dtype):
 
 
 # ------------------------------------------------------------------------------- from a checkpoint
-def write(model, tokenizer, folder, export=export, embedding="private", text=None):
+def write(model, tokenizer, folder, export=export, embedding="private", text=None, pairs=True):
     """
     server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays
-    made by `export`. text: token ids to try ranges on. Returns server.npz's arrays. Raises
+    made by `export`. text: token ids to try ranges on; pairs: see above. Returns server.npz's arrays. Raises
     ValueError if a private run would garble the model, OSError if a file can't be written.
     """
     arrays = export(model)
     units, bits = check_range(model.config, arrays, text)
-    write_files(folder, arrays, model.config, units, bits, tokenizer, embedding)
+    write_files(folder, arrays, model.config, units, bits if pairs else {}, tokenizer, embedding)
     return arrays
 
 
@@ -374,7 +375,8 @@ def main():
         checkpoint = load_checkpoint(ckpt)
         model = GPT.from_checkpoint(checkpoint)
         tried = held_out(os.path.expanduser(text) or held_out_file(checkpoint))
-        arrays = write(model, checkpoint.get("tokenizer"), folder, embedding=embedding, text=tried)
+        arrays = write(model, checkpoint.get("tokenizer"), folder, embedding=embedding, text=tried,
+                       pairs=pairs)
     except (OSError, ValueError) as e:
         die(e)
     parameters = sum(p.numel() for p in model.parameters())

@@ -140,7 +140,7 @@ def private_run(s, model, tokenizer):
         public_file = os.path.join(server, "public.json")
         logits_file = s.logits_file or os.path.join(folder, "logits.npz")
         write(model, tokenizer, server, plain_export if s.plain else export, s.embedding,
-              text=held_out(s.windows_file))
+              text=held_out(s.windows_file), pairs=s.pairs)
         public = load_public(public_file)
         check_settings(s, public)
         prompts = read_prompts(s, public)
