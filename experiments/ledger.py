@@ -176,6 +176,7 @@ def in_pairs():
     y = e @ v
     exact = join_heads(y / e.sum(-1, keepdims=True))
     secrets = shared(y * 2.0 ** (EXP_BITS - FRACTION)), shared(e * 2.0 ** (E_BITS - FRACTION))
+    secrets[0].fraction = EXP_BITS
     static = {"reciprocal": SECURE.reciprocal, "most": T}
     measure("dividing by shares", "whole", exact, divide, *secrets, **static)
     measure("dividing by shares", "columns in pairs", exact, divide, *secrets, **static,

@@ -24,9 +24,9 @@ from spu import libspu
 
 from private import forms, shares
 from private.meet import ROLES, quit_now, tls_files
+from private.shares import FRACTION
 
 CLIENT, SERVER, HELPER = range(3)  # ranks, in the order of ROLES
-FRACTION_BITS = 18  # of a number's 64
 
 
 class Ring:
@@ -41,15 +41,17 @@ class Ring:
 
 class Secret:
     """
-    A value that no party knows: its ring, its name there, its shape and its dtype. The engine
-    forgets the value together with this handle.
+    A value that no party knows: its ring, its name there, its shape, its dtype and, where a form
+    of shares makes it other than FRACTION, its fraction bits. The engine forgets the value together
+    with this handle.
     """
 
-    def __init__(self, ring, name, shape, dtype):
+    def __init__(self, ring, name, shape, dtype, fraction=FRACTION):
         self.ring = ring
         self.name = name
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
+        self.fraction = fraction
 
     def __del__(self):
         self.ring.runtime.del_var(self.name)
@@ -115,13 +117,16 @@ class Engine:
         ring.runtime.set_var(secret.name, share)
         return secret
 
-    def hold(self, array, bits=64, dtype=np.int32):
+    def hold(self, array, bits=64, dtype=np.int32, fraction=FRACTION):
         """
         The secret of which `array` is this party's share, integers mod 2^bits. dtype: int32, which
-        the engine takes as they are; float32, in units of 2^-18; or bool, of bits that add mod 2.
+        the engine takes as they are; float32, in units of 2^-fraction; or bool, of bits that add
+        mod 2. With another fraction than the engine's, op() drops the bits that are too many.
         """
         share = shares.share_of(array, bits, dtype)
-        return self.named(share, self.rings[bits], array.shape, dtype)
+        secret = self.named(share, self.rings[bits], array.shape, dtype)
+        secret.fraction = fraction
+        return secret
 
     def own(self, shape, owner, array=None):
         """The secret of integers mod 2^64 that are `owner`'s, which alone gives them."""
@@ -152,6 +157,8 @@ class Engine:
         form = (others[0].forms if others else self.forms).get(function)
         if form:
             return self.by_form(form, kind, *secrets, times=times, **static)
+        step = partial(self.op, kind, times=times)
+        secrets = [shares.of_fraction(step, self, secret) for secret in secrets]
         start = time.time()
         ring = secrets[0].ring
         key = function, tuple(sorted(static.items())), tuple((s.shape, s.dtype) for s in secrets)
@@ -281,7 +288,7 @@ def runtime_config(protocol, plain, bits=64):
     """SPU's settings on integers mod 2^bits. plain: its defaults."""
     config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol.upper()),
                                   field=getattr(libspu.FieldType, f"FM{bits}"),
-                                  fxp_fraction_bits=FRACTION_BITS if bits == 64 else 0)
+                                  fxp_fraction_bits=FRACTION if bits == 64 else 0)
     config.enable_pphlo_profile = True
     config.enable_hal_profile = True
     if not plain:

@@ -18,8 +18,8 @@ from private.further import next_mix, next_scores
 from private.nonlinear import (CIPHERTEXT, FACTOR, GELU_FAR, GELU_NEAR, LOGIT_UNIT, ROWS,
                                SECURE, causal_row_max, gelu_terms, secure_exponentials,
                                secure_row_exponentials)
-from private.shares import (CLIENT, FRACTION, HALF, apart, dropped, in_pairs, scaled, signed,
-                            without_low_bits)
+from private.shares import (CLIENT, FRACTION, HALF, apart, dropped, in_pairs, of_fraction, scaled,
+                            signed, without_low_bits)
 
 # ------------------------------------------------------------------- exp(-x) of a sum of two shares
 # Logits below their row's largest are counted in steps, so many of them down to the clip: STEPS, or
@@ -126,6 +126,17 @@ def in_integers(function):
     return form
 
 
+def weighted(function):
+    """The form of weights, integers of E_BITS, times what they weigh: integers of both's bits."""
+    product_of = in_integers(function)
+
+    def form(op, engine, e, values, **static):
+        y = product_of(op, engine, e, values, **static)
+        y.fraction = E_BITS + values.fraction
+        return y
+    return form
+
+
 def weighted_rows(op, engine, e, n):
     """block.mix_rows() -> Y_BITS as float32; e: of E_BITS. A product by W_V is next."""
     y = engine.numbers(in_integers(mix_rows)(op, engine, e, n))               # EXP_BITS
@@ -140,12 +151,13 @@ def scores_form(op, engine, qkv, n_head, bits=None):
     Price: 7 MB for 12 heads of 128 x 128 in place of 17.
     """
     if not bits:
+        qkv = of_fraction(op, engine, qkv)
         return in_integers(scores)(op, engine, qkv, n_head=n_head)
     T, half = qkv.shape[0], -(-qkv.shape[0] // 2)
     q, k, _ = (heads(a, n_head) for a in np.split(engine.numbers(qkv), 3, axis=1))
-    q = dropped(op, engine, q * np.uint64(FACTOR), FRACTION - bits[0])        # (H, T, d_k)
+    q = dropped(op, engine, q * np.uint64(FACTOR), qkv.fraction - bits[0])    # (H, T, d_k)
     k = np.pad(k, ((0, 0), (0, 2 * half - T), (0, 0)))
-    pairs = in_pairs(op, engine, k[:, :half], k[:, half:], FRACTION - bits[1])
+    pairs = in_pairs(op, engine, k[:, :half], k[:, half:], qkv.fraction - bits[1])
     s = engine.numbers(op(by_keys, engine.hold(q), engine.hold(pairs)))       # (H, T, half)
     both = np.concatenate((without_low_bits(s, 0), without_low_bits(s, HALF)), 2)
     return engine.hold(both[..., :T], bits=32)
@@ -222,15 +234,15 @@ def among_zeros(e, T):
 
 def divide_form(op, engine, y, e, reciprocal, most, bits=None):
     """
-    block.divide() -> (T, d), of 18 fraction bits; y (H, T, d_k), integers of EXP_BITS. bits: of y
-    and of 1 / sum, where they are multiplied in pairs.
+    block.divide() -> (T, d), of 18 fraction bits; y (H, T, d_k), integers of its fraction bits.
+    bits: of y and of 1 / sum, where they are multiplied in pairs.
     """
-    y = engine.numbers(y)
     r = op(reciprocal, row_sums(op, engine, e), most=most)                    # (H, T, 1)
     if bits:
         quotient = quotient_in_pairs(op, engine, y, r, bits)
     else:
-        quotient = whole_quotient(op, engine, dropped(op, engine, y, EXP_BITS - Y_BITS), r)
+        short = dropped(op, engine, engine.numbers(y), y.fraction - Y_BITS)
+        quotient = whole_quotient(op, engine, short, r)
     return engine.hold(join_heads(quotient), dtype=np.float32)
 
 
@@ -254,10 +266,10 @@ def whole_quotient(op, engine, y, r):
 
 
 def quotient_in_pairs(op, engine, y, r, bits):
-    """The same of y of EXP_BITS, a column and the one d_k / 2 behind it in one. Price: 123 bytes."""
+    """The same of a secret y, a column and the one d_k / 2 behind it in one. Price: 123 bytes."""
     d_k, half = y.shape[-1], -(-y.shape[-1] // 2)
-    y = np.pad(y, ((0, 0), (0, 0), (0, 2 * half - d_k)))
-    pairs = in_pairs(op, engine, y[..., :half], y[..., half:], EXP_BITS - bits[0])
+    share = np.pad(engine.numbers(y), ((0, 0), (0, 0), (0, 2 * half - d_k)))
+    pairs = in_pairs(op, engine, share[..., :half], share[..., half:], y.fraction - bits[0])
     r = dropped(op, engine, engine.numbers(r), FRACTION - bits[1])
     pairs = engine.numbers(op(jnp.multiply, engine.hold(pairs), engine.hold(r)))
     return apart(op, engine, pairs, sum(bits) - FRACTION, axis=2)[..., :d_k]  # (H, T, d_k)
@@ -266,7 +278,7 @@ def quotient_in_pairs(op, engine, y, r, bits):
 def in_rows(form):
     """by_rows() of a form of one input."""
     def in_pieces(op, engine, x):
-        share = engine.numbers(x)
+        share = engine.numbers(of_fraction(op, engine, x))
         pieces = [form(op, engine, share[i:i + ROWS]) for i in range(0, len(share), ROWS)]
         return engine.hold(np.concatenate(pieces), dtype=np.float32)
     return in_pieces
@@ -299,7 +311,8 @@ def gelu_share(op, engine, share):
 
 
 FORMS = {  # but for the activations all or none: they hand integers on
-    **{f: in_integers(f) for f in (row_scores, next_scores, mix, next_mix)},
+    **{f: in_integers(f) for f in (row_scores, next_scores)},
+    **{f: weighted(f) for f in (mix, next_mix)},
     mix_rows: weighted_rows,
     scores: scores_form,
     secure_exponentials: exponentials_form,

@@ -14,7 +14,7 @@ import numpy as np
 
 from private.ahead import scale_add
 from private.block import add_linear, linear, scale_add_linear
-from private.shares import FRACTION, apart, in_pairs
+from private.shares import FRACTION, HALF, apart, in_pairs, of_fraction
 
 
 class Paired:
@@ -29,14 +29,20 @@ class Paired:
 
 
 def linear_in_pairs(op, engine, x, W, b=None):
-    x = engine.numbers(x)
+    """
+    linear(). Of the fraction bits that the product has, it keeps those that two truncations leave:
+    what takes fewer drops the rest.
+    """
+    x = engine.numbers(of_fraction(op, engine, x))
     rows, half = len(x), -(-len(x) // 2)
     x = np.pad(x, ((0, 2 * half - rows), (0, 0)))
     pairs = in_pairs(op, engine, x[:half], x[half:], FRACTION - W.bits[0])
     y = engine.numbers(op(linear, engine.hold(pairs), W.secret))
-    y = apart(op, engine, y, sum(W.bits) - FRACTION, axis=0)[:rows]
-    y = engine.hold(y, dtype=np.float32)
-    return y if b is None else op(jnp.add, y, b)
+    kept = max(FRACTION, HALF + sum(W.bits) - 2 * FRACTION)
+    y = apart(op, engine, y, sum(W.bits) - kept, axis=0)[:rows]
+    if b is not None:
+        y = y + (engine.numbers(b) << np.uint64(kept - FRACTION))
+    return engine.hold(y, dtype=np.float32, fraction=kept)
 
 
 def add_linear_in_pairs(op, engine, x, y, W, b=None):

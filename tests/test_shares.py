@@ -16,8 +16,9 @@ H, T, d_k = 2, 24, 8
 rng = np.random.default_rng(0)
 QKV = rng.normal(size=(T, 3 * H * d_k))
 IN_PAIRS = (13, 12), (14, 13)  # bits of Q and K, of values and 1 / sum
-CASES = [(T, 1.0, ()), (T, 2e3, ()), (1, 1.0, ()),  # rows, what Q is times, bits
-         (T, 0.3, IN_PAIRS), (T - 1, 0.3, IN_PAIRS)]
+CASES = [(T, 1.0, (), 18), (T, 2e3, (), 18), (1, 1.0, (), 18),  # rows, what Q is times, bits, and
+         (T, 0.3, IN_PAIRS, 18), (T - 1, 0.3, IN_PAIRS, 24),    # the fraction of Q, K and V
+         (T, 1.0, (), 21)]
 LEFT = rng.integers(-2**10, 2**10, (5, 64)) / 2.0**10  # rows, an odd number, two of the largest sums
 LEFT[[1, 3]] = 1
 RIGHT = rng.integers(-2**13, 2**13, (64, 6)) / 2.0**13
@@ -125,9 +126,9 @@ def party(rank, addresses):
     from private.nonlinear import SECURE
     engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
     results = []
-    for rows, scale, bits in CASES:
-        share = split(np.rint(qkv_of(rows, scale) * 2.0**18), seed=3)[rank]
-        qkv = engine.hold(share, dtype=np.float32)
+    for rows, scale, bits, fraction in CASES:
+        share = split(np.rint(qkv_of(rows, scale) * 2.0**fraction), seed=3)[rank]
+        qkv = engine.hold(share, dtype=np.float32, fraction=fraction)
         found = engine.reveal(steps_of(engine.op, qkv, SECURE, bits))
         results.append(None if found is None else found.tolist())
     for name in ACTIVATED:
