@@ -1,8 +1,8 @@
 """
 Do a model's numbers fit the engine? It has 18 fraction bits of 64, products up to 2^26, attention's
-up to LIMITS, a LayerNorm for rows near a given unit, and products in pairs, see shares.py, up to a
-size that is chosen for each. Two parties on two machines never see what
-the clear would give, so that pi_export.py asks here, before any private run.
+up to LIMITS, a LayerNorm for rows near a given unit, and products in pairs, see pairs.py, up to a
+size that is chosen for each. Two parties on two machines never see what the clear would give, so
+that pi_export.py asks here, before any private run.
 """
 import math
 import sys
@@ -17,7 +17,7 @@ from private.block import (HEAD, Row, add_linear, block, divide, head, last_bloc
 from private.files import PRODUCT, check_weights
 from private.nonlinear import ACTIVATION_KIND, CENTRE, EPSILON, EXACT, FACTOR, LOGIT_UNIT
 
-LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form in shares.py:
+LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form in forms.py:
     "scores": 2.0**14,      # in LOGIT_UNITs; two of them must lie within 2^31 of its steps,
     "row_scores": 2.0**14,  # those that are hidden FAR below as well
     "mix": 2.0**17,         # with 42 fraction bits, or divided with 44
@@ -32,12 +32,12 @@ NEAR = 1 / 16              # share of a limit that is warned of, since other tex
 BLURRED, GARBLED = 0.05, 0.5  # error of a row of logits by rounding, of its spread: warned, refused
 LEAST_ROW = 1 / 32         # rows that secure_normalise() holds for: standard deviation in units
 TEXT, RANDOM = 4, 2        # contexts of either that are tried
-IN_PAIRS = 30              # bits of a product in pairs, but its sign,
-MARGIN = 4                 # of which as many are left as it takes to grow so many times
-ROUNDING = 0.6             # the error of fewer bits, of a last one;
-SLIGHT = 2e-3              # error of a product by rounding to few bits, of its numbers' size; more:
-SLIGHT_STEPS = 8           # or fewer of the engine's steps;
-SLIGHT_NATS = 4e-3         # it is made whole. Of logits: a weight p is off by p (1 - p) times that
+IN_PAIRS = 30              # bits of a product in pairs, without its sign
+MARGIN = 4                 # how many times what was seen such a product may be
+ROUNDING = 0.6             # error of a number that loses low bits, of the last that it keeps
+SLIGHT = 2e-3              # error that a product in pairs may have, of its numbers' size,
+SLIGHT_STEPS = 8           # or in the engine's steps, where that is more; else it is made whole
+SLIGHT_NATS = 4e-3         # of logits: a weight p is off by p (1 - p) times that
 TINY = 1e-30               # so that 0 / 0 is 0
 CURE = "train it with more weight decay, a lower learning rate or temperatures nearer 1"
 
