@@ -1,5 +1,6 @@
 """
-Does lower entropy help arithmetic, as the paper's Appendix D supposes? Sums and products by digits.
+Does low entropy help arithmetic? Of attention, by the regularizer's thresholds, and of the choice
+of tokens, as the paper's Appendix D supposes. Sums and products by digits.
 
     python experiments/arithmetic.py --into=results --jobs=14   # all, minutes on a GPU
     python experiments/arithmetic.py --tasks=add2r --archs=SM+LN+G --seeds=1 --thresholds=False
@@ -195,7 +196,7 @@ def draw(groups, path):
         axes[0][-1].plot([], [], "osv"[place // len(COLOURS) % 3],
                          color=COLOURS[place % len(COLOURS)], label=label)
     axes[0][0].set_ylabel("exact match, longest held-out problems, %")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write_figure(fig, str(path))
 
 

@@ -92,6 +92,12 @@ def held_out(cell):
     return windows(BINS[1], starts, T)
 
 
+def short(step, loss, logit, entropy):
+    """A look as it is kept, with the digits that are told: a thousand of them are a small file."""
+    largest = float(f"{logit.max().item():.3g}")
+    return [step, round(loss.item(), 4), largest, [round(e, 2) for e in entropy.tolist()]]
+
+
 def finish(group, deadline):
     """Train a group, in a process of its own: its rows, none where there is no time for it."""
     if time.time() > deadline:
@@ -110,7 +116,7 @@ def finish(group, deadline):
     sound = models.P.isfinite().all(1).tolist()
     rows = []
     for place, cell in enumerate(group):
-        history = [[step, *(z[place].tolist() for z in seen)] for step, *seen in looks]
+        history = [short(step, *(z[place] for z in seen)) for step, *seen in looks]
         done = sound[place] and math.isfinite(history[-1][1])
         event = "done" if done else "diverged"
         rows.append({"cell": cell, "event": event, **known, "history": history})
@@ -144,13 +150,16 @@ def by_seed(results, base, tried):
 
 
 def slopes(table, label, along, chosen):
-    """Each seed's slope of log edge over log size: -1 where the edge halves as the size doubles."""
+    """
+    Each seed's slope of log edge over log size, -1 where the edge halves as the size doubles, and
+    of how many sizes it is.
+    """
     found = []
     for seed in SEEDS[:seeds]:
         points = [(math.log(size[along]), math.log(table[label, text][seed]["edge"]))
                   for text, size in chosen.items() if seed in table.get((label, text), {})]
         if len(points) > 1:
-            found.append(np.polyfit(*zip(*points), 1)[0].item())
+            found.append((np.polyfit(*zip(*points), 1)[0].item(), len(points)))
     return found
 
 
@@ -158,9 +167,9 @@ def at_edge(told):
     """Largest logit, lowest and highest entropy of a layer over log(T!)/T, when last finite."""
     most = max_causal_entropy(told["cell"]["size"]["block_size"])
     for _, _, logit, entropy in reversed(told["history"]):
-        if all(map(math.isfinite, [*logit, *entropy])):
+        if all(map(math.isfinite, [logit, *entropy])):
             break
-    return max(logit), min(entropy) / most, max(entropy) / most
+    return logit, min(entropy) / most, max(entropy) / most
 
 
 def tell(told):
@@ -186,19 +195,20 @@ def report(table, series):
         print(f"{text + ' ' + label:<34}{best:<22}{loss:>7.3f}  {edges:<24}{sensitivity:<22}"
               f"{logit:.3g}, {low:.2f}, {high:.2f}{state}")
     for along, chosen in series.items():
-        print(f"\nslope of the edge over {along}, both as logarithms")
+        print(f"\nslope of the edge over {along}, both as logarithms, by seed")
         for label in dict.fromkeys(label for label, _ in table):
             found = slopes(table, label, along, chosen)
             if found:
-                print(f"{label:<34}{sweep.spread(found, '{:+.2f}')}")
+                told = [f"{slope:+.2f} of {n} sizes" for slope, n in found]
+                print(f"{label:<34}{', '.join(told)}")
 
 
-def draw(table, series, path):
+def draw(table, series, tried, path):
     """The edge by width and by depth, a line an architecture; loss by rate at the largest size."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     weights = {text: told["row"]["parameters"]
                for (_, text), found in table.items() for told in found.values()}
     largest = max(weights, key=weights.get, default="")
@@ -212,15 +222,24 @@ def draw(table, series, path):
             ax.plot(*np.array(sorted(points)).reshape(-1, 2).T, color=colour, marker=marker,
                     markersize=5, label=label)
         for told in table.get((label, largest), {}).values():
-            axes[2].plot(*np.array(told["losses"]).T, color=colour, linewidth=1)
+            axes[2].plot(*np.array(told["losses"]).T, color=colour, marker=marker, markersize=4,
+                         linewidth=1)
+    shown = [told["edge"] for found in table.values() for told in found.values()] or tried
     for ax, (along, chosen) in zip(axes, series.items()):
         ax.set(xscale="log", yscale="log", ylabel="learning rate that breaks",
                xlabel="width" if along == "n_embd" else "layers")
-        ticks = sorted(size[along] for size in chosen.values())
-        ax.set_xticks(ticks, ticks)
-        ax.set_xticks([], minor=True)
-    axes[2].set(xscale="log", xlabel="learning rate", ylabel="held-out loss, nats", title=largest)
-    axes[0].legend(fontsize=7)
+        sides = sorted(size[along] for size in chosen.values())
+        # The grid's rates are the only edges that one seed can have.
+        for axis, ticks in ((ax.xaxis, sides), (ax.yaxis, tried)):
+            axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_ticks([], minor=True)
+        ax.set_ylim(min(shown) / 1.2, max(shown) * 1.2)
+    axes[2].set(xscale="log", xlabel="learning rate", ylabel="held-out loss, nats",
+                title=f"{largest}: where a line ends, it diverged")
+    axes[2].set_xticks(tried, [f"{rate:g}" for rate in tried], fontsize=7)
+    axes[2].set_xticks([], minor=True)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7,
+               frameon=False)
     write_figure(fig, str(path))
 
 
@@ -273,7 +292,7 @@ def main():
               for along, fixed in (("n_embd", "n_layer"), ("n_layer", "n_embd"))}
     report(table, series)
     try:
-        draw(table, series, Path(into) / "edge.png")
+        draw(table, series, tried, Path(into) / "edge.png")
     except OSError as e:
         die(e)
 

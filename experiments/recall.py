@@ -39,6 +39,7 @@ archs = ""  # some of the architectures, comma-separated; all if empty
 rates = "0.001,0.003"  # learning rates tried on the tuning seed
 seeds = 3  # seeds reported of each, at most 3
 steps = 1500  # training steps of a cell, fewer where it solves the task
+long_steps = 4000  # the same where the context is longer than 32
 batch = 128  # sequences a step
 tokens = 32  # V, half of them keys and half values
 tested = 1024  # new sequences that accuracy is measured on
@@ -100,27 +101,36 @@ def study(cell, model):
 
 
 def draw(groups, path):
-    """Every seed's accuracy by architecture, a colour for each size; and weight against entropy."""
+    """
+    Every seed's accuracy and steps by architecture, a colour for each size; weight by entropy.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     labels = list(sweep.by_label(told for rows in groups.values() for told in rows))
     for place, (size, rows) in enumerate(groups.items()):
         colour = COLOURS[place % len(COLOURS)]
         for told in rows:
-            height = labels.index(told["cell"]["label"]) + 0.15 * (place - len(groups) / 2)
+            height = labels.index(told["cell"]["label"]) + 0.15 * (place - (len(groups) - 1) / 2)
             left.plot(100 * told["score"], height, "o", color=colour, markersize=4)
+            middle.plot(told["history"][-1][0], height, "o", color=colour, markersize=4)
             if told["event"] == "done":
                 head = told["to_value"]
                 right.plot(head["entropy"], 100 * head["weight"], "o", color=colour, markersize=4)
-        left.plot([], [], "o", color=colour, label=size)
+        right.plot([], [], "o", color=colour, label=size)
     left.set(xlabel="accuracy at the queries, %", xlim=(-3, 103), yticks=range(len(labels)))
     left.set_yticklabels(labels)
-    left.invert_yaxis()
-    left.legend(fontsize=8, title="layers x width x T")
+    middle.set(xlabel="steps until it was solved or ended", yticks=range(len(labels)),
+               yticklabels=[])
+    middle.set_xscale("log", base=2)
+    middle.xaxis.set_major_formatter("{x:.0f}")
+    for ax in (left, middle):
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.grid(axis="y", linewidth=0.3)
     right.set(xlabel="its entropy at the queries, nats", ylabel="weight on the right value, %",
               title="the head that looks most at the answer")
+    right.legend(fontsize=8, title="layers x width x T", loc="upper right")
     write_figure(fig, str(path))
 
 
@@ -131,8 +141,9 @@ def rows_of(size):
 
 
 def cell_of(r, size):
+    mine = steps if size["block_size"] <= 32 else long_steps
     return {"task": "recall", "label": r["label"], "config": r["config"], "flags": r["flags"],
-            "size": size, "steps": steps, "batch": batch}
+            "size": size, "steps": mine, "batch": batch}
 
 
 def table(groups):
@@ -150,11 +161,12 @@ def table(groups):
 
 def main():
     configure(globals())
-    within(globals(), seeds=(1, 3), steps=(1, 10**6), batch=(1, 10**5), tokens=(4, 2**16),
-           tested=(1, 10**6), jobs=(1, 1024), seconds=(0, 10**9))
+    within(globals(), seeds=(1, 3), steps=(1, 10**6), long_steps=(1, 10**6), batch=(1, 10**5),
+           tokens=(4, 2**16), tested=(1, 10**6), jobs=(1, 1024), seconds=(0, 10**9))
     tried = cells.numbers(rates, "rates")
     results = sweep.Results(Path(into) / "recall.json",
-                            {"sizes": sizes, "steps": steps, "batch": batch, "vocabulary": tokens})
+                            {"sizes": sizes, "steps": steps, "long_steps": long_steps,
+                             "batch": batch, "vocabulary": tokens})
     named = {}
     for text in sizes.split(","):
         size = cells.size_of(text, WIDTH_OF_HEAD) | {"vocab_size": tokens}

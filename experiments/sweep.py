@@ -83,7 +83,8 @@ class Results:
             told = json.loads(json.dumps(told | self.made))  # as a rerun will read it
             self.rows[identity(told["cell"])] = told
         whole = self.head | self.made | {"rows": list(self.rows.values())}
-        write_whole(str(self.path), (json.dumps(whole) + "\n").encode())
+        text = json.dumps(whole, separators=(",", ":")) + "\n"
+        write_whole(str(self.path), text.encode())
 
 
 # ------------------------------------------------------------------------------------- many cells

@@ -102,7 +102,7 @@ def told_of(rate, loss, seed=SEEDS[0], size=SIZE, label="one"):
     cell = sweep.at_rate({"label": label, "flags": {}, "size": size}, rate, seed)
     last = math.nan if loss is None else loss
     return {"cell": cell, "event": event, "parameters": 9, "history": [
-        [0, 7.0, [1.0, 2.0], [2.0, 1.8]], [6, last, [3.0, math.nan], [1.0, 0.1]]]}
+        [0, 7.0, 2.0, [2.0, 1.8]], [6, last, math.nan, [1.0, 0.1]]]}
 
 
 @pytest.mark.parametrize("losses, best, edge_at, at_least, sensitivity", [
@@ -127,11 +127,12 @@ def test_the_slope_is_that_of_a_made_table(tmp_path, capsys):
             rows = [told_of(rate, loss, seed, chosen[text])
                     for rate, loss in zip((1, 2, 4, 8), losses)]
             table.setdefault(("one", text), {})[seed] = edge.measured(rows, [1, 2, 4, 8])
-    assert edge.slopes(table, "one", "n_embd", chosen) == pytest.approx([-1.0, -1.0])
+    assert edge.slopes(table, "one", "n_embd", chosen) == [(pytest.approx(-1.0), 2)] * 2
     edge.report(table, {"n_embd": chosen})
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["one", "-1.00", "(-1.00", "to",
-                                                                "-1.00)"]
-    edge.draw(table, {"n_embd": chosen, "n_layer": chosen}, tmp_path / "edge.png")
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.split(maxsplit=1) == ["one", "-1.00 of 2 sizes, -1.00 of 2 sizes"]
+    series = {"n_embd": chosen, "n_layer": chosen}
+    edge.draw(table, series, [1, 2, 4, 8], tmp_path / "edge.png")
     assert (tmp_path / "edge.png").stat().st_size > 1000
 
 
@@ -147,6 +148,17 @@ def test_a_rerun_completes_the_file(data_dir, tmp_path, monkeypatch, capsys):
     told = json.loads((tmp_path / "edge.json").read_text())
     assert [r["cell"]["seed"] for r in told["rows"]] == [*SEEDS[:1] * 2, *SEEDS[1:2] * 2]
     assert told["scale"]["data_sha256"] and told["rows"][0]["at_once"] == 2
+    step, loss, logit, entropy = told["rows"][0]["history"][0]
+    assert step == 0 and loss == round(loss, 4) and len(entropy) == 2
+    assert entropy == [round(e, 2) for e in entropy] and logit == float(f"{logit:.3g}") > 0
+
+
+def test_a_look_is_kept_in_few_digits():
+    look = (torch.tensor(z) for z in (2.123456, [1.0, 1234.5], [0.126, 3.878168]))
+    assert edge.short(600, *look) == [600, 2.1235, 1230.0, [0.13, 3.88]]
+    look = (torch.tensor(z) for z in (math.nan, [1.0, math.nan], [math.nan, 1.0]))
+    _, loss, logit, (first, _) = edge.short(600, *look)
+    assert math.isnan(loss) and math.isnan(logit) and math.isnan(first)
 
 
 @pytest.mark.parametrize("setting", [

@@ -37,6 +37,12 @@ def test_every_answer_of_recall_follows_from_its_context():
     assert (hardest == -1).sum(1).tolist() == [16] * 8
 
 
+@pytest.mark.parametrize("T, steps", [(32, 1500), (64, 4000)])
+def test_a_longer_context_has_more_steps(T, steps):
+    r = row("SM+LN+G", LN_G, 3e-3)
+    assert recall.cell_of(r, SIZE | {"block_size": T})["steps"] == steps
+
+
 @pytest.mark.parametrize("task, a, b, text", [
     ("add3", 12, 345, "012+345=0357"), ("add3r", 12, 345, "012+345=7530"),
     ("add2r", 99, 99, "99+99=891"), ("mul2r", 12, 34, "12*34=8040"), ("mul2", 0, 7, "00*07=0000")])

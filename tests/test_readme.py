@@ -152,3 +152,61 @@ def test_private_costs_are_those_of_the_json():
     for run in json.loads((ROOT / "results" / "private_table2.json").read_text()):
         assert f" {run['bytes_total'] / 1e6:,.0f} " in table, run["arch"]
         assert f" {run['seconds'] / 60:.1f} " in table, run["arch"]
+
+
+def by_cell(name, *fields):
+    """{(the row's label, *fields of its cell): rows} of the seeds that are reported."""
+    found = {}
+    for row in json.loads((ROOT / "results" / name).read_text())["rows"]:
+        cell = row["cell"] | row["cell"]["size"] | row["cell"]["flags"]
+        if cell["seed"] > 1:  # with 1 the rate was chosen
+            found.setdefault(tuple(cell[field] for field in ("label", *fields)), []).append(row)
+    return found
+
+
+def told_range(values, form="{:.2f}"):
+    ends = dict.fromkeys(form.format(end) for end in (min(values), max(values)))
+    return " to ".join(ends)
+
+
+def table_of(header):
+    """{first cell: the others} of the table of docs/open-questions.md that begins so."""
+    page = (ROOT / "docs" / "open-questions.md").read_text()
+    return cells_by_label(page.split(f"\n{header}")[1].split("\n\n")[0])
+
+
+def test_arithmetic_is_that_of_the_json():
+    rows = by_cell("arithmetic.json", "task")
+    names = {label: label for label, _ in rows} | {
+        "0.2, learned": "EReg threshold 0.2", "0.2, frozen": "EReg frozen at 0.2",
+        "0.5, learned (EReg above)": "EReg(SM(t)+ScFuFFN)", "0.5, frozen": "EReg frozen at 0.5",
+        "0.8, learned": "EReg threshold 0.8", "0.8, frozen": "EReg frozen at 0.8",
+        "no regularizer: SM(t)+ScFuFFN": "SM(t)+ScFuFFN"}
+    told = table_of("| exact match") | table_of("| EReg's thresholds")
+    told = {label: cells for label, cells in told.items() if label in names}
+    assert len(told) == 15
+    for label, (first, *others) in told.items():
+        mine = {task: rows[names[label], task] for task in ("add3r", "add3", "mul2r")}
+        steps = told_range([row["history"][-1][0] for row in mine["add3r"]], "{:.0f}")
+        assert first.endswith(steps) and len(mine["mul2r"]) == 3, label
+        for task, cell in zip(("add3", "mul2r"), others):
+            assert cell == told_range([row["score"] for row in mine[task]]), (label, task)
+
+
+def test_edges_are_those_of_the_json():
+    rows = by_cell("edge.json", "n_layer", "n_embd", "seed")
+    told = table_of("| edge | 4x128 | 6x64 | 6x128 | 6x256 | 6x512 | 12x128 | 24x128 |")
+    sizes = [(4, 128), (6, 64), (6, 128), (6, 256), (6, 512), (12, 128), (24, 128)]
+    for label in {label for label, *_ in rows}:
+        for size, cell in zip(sizes, told[label], strict=True):
+            edges = [edge_of(mine) for key, mine in rows.items() if key[:3] == (label, *size)]
+            assert cell == told_range(edges, "{:g}"), (label, size)
+
+
+def edge_of(rows):
+    """One seed's lowest rate above its best that ends without a finite loss, or 0.5 nats above."""
+    rows = sorted(rows, key=lambda row: row["cell"]["flags"]["learning_rate"])
+    loss = [row["history"][-1][1] if row["event"] == "done" else float("inf") for row in rows]
+    best = loss.index(min(loss))
+    return next(row["cell"]["flags"]["learning_rate"] for row, lost in
+                zip(rows[best:], loss[best:]) if lost > min(loss) + 0.5)
