@@ -102,7 +102,7 @@ def draw(results, path):
     left.set_yticklabels(names)
     left.invert_yaxis()
     right.set(xlabel="minutes on a slow link, an estimate: at most")
-    right.legend(fontsize=8, loc="lower right")
+    fig.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=3)
     for panel in (left, right):
         panel.margins(x=0.2)
         panel.set_xlim(left=0)
