@@ -68,7 +68,7 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
 
     one_row = not every_row and not engine.plain  # the last layer makes what a next token needs
     inner = [i for i in layers_of(public["shapes"]) if i < L - 1 or not one_row]
-    for i, times in layers_to_run(public["shapes"], inner, layers):
+    for i, times in layers_to_run(public["shapes"], inner, layers, bits):
         op = partial(engine.op, times=times)
         if engine.plain:
             x = plain_block(op, x, put(f"blocks.{i}."), c)                      # (T, d)
@@ -146,23 +146,27 @@ def bits_of(public):
     return {name: tuple(pair) for name, pair in public.get("bits", {}).items()}
 
 
-def layers_to_run(shapes, layers, most):
+def layers_to_run(shapes, layers, most, bits=()):
     """
     (layer, times) of the layers to run: of equal neighbours at most `most`, 0 for all, the last of
-    which stands for those that aren't run.
+    which stands for those that aren't run. bits: of what is multiplied in pairs.
     """
-    for equal in equal_layers(shapes, layers):
+    for equal in equal_layers(shapes, layers, bits):
         run = equal[:most] if most else equal
         for i in run[:-1]:
             yield i, 1
         yield run[-1], 1 + len(equal) - len(run)
 
 
-def equal_layers(shapes, layers):
-    """The layers in groups of neighbours whose arrays have the same shapes, and so one price."""
+def equal_layers(shapes, layers, bits):
+    """
+    The layers in groups of neighbours whose arrays have the same shapes and whose same products are
+    made in pairs, and so one price.
+    """
     def arrays_of(i):
         mine = f"blocks.{i}."
-        return {name.removeprefix(mine): s for name, s in shapes.items() if name.startswith(mine)}
+        arrays = {name.removeprefix(mine): s for name, s in shapes.items() if name.startswith(mine)}
+        return arrays, {name.removeprefix(mine) for name in bits if name.startswith(mine)}
 
     return [list(group) for _, group in groupby(layers, arrays_of)]
 
