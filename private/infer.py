@@ -158,7 +158,7 @@ def layers_to_run(shapes, layers, most, bits=()):
         yield run[-1], 1 + len(equal) - len(run)
 
 
-def equal_layers(shapes, layers, bits):
+def equal_layers(shapes, layers, bits=()):
     """
     The layers in groups of neighbours whose arrays have the same shapes and whose same products are
     made in pairs, and so one price.

@@ -158,6 +158,8 @@ def test_layers_are_equal_by_their_shapes():
     arrays = export(build(n_layer=5, uniform_layers=2))
     shapes = {k: list(a.shape) for k, a in arrays.items()}
     assert equal_layers(shapes, [0, 1, 2, 3]) == [[0, 1], [2, 3]]
+    bits = {"blocks.2.o": (12, 12), "blocks.3.o": (11, 13), "blocks.0.scores": (12, 12)}
+    assert equal_layers(shapes, [0, 1, 2, 3], bits) == [[0], [1], [2, 3]]
 
 
 def shapes_of_block(name):
