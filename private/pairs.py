@@ -25,6 +25,7 @@ class Paired:
 
     def __init__(self, secret, bits):
         self.secret = secret
+        self.shape = secret.shape
         self.bits = bits
 
 
