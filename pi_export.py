@@ -5,13 +5,13 @@ What a private inference engine should see of a model: few float32 matrices.
 
 writes out/private/server.npz, the weights, which only the server may hold, and public.json, which
 both parties hold: the configuration, the shape of every array, the tokenizer, and the size of what
-enters a LayerNorm and of products, to a power of two. Nothing else in it was learned from data (but by the shapes
-it tells which biases are zero and whether the FFN was folded). With --embedding=public also
-embedding.npz for the client, who then looks its tokens up itself, for no bytes and no time. It
-learns by it the embeddings and what is tied to them, the output matrix, but for the final
-LayerNorm's gain and bias; or in a softmax-only model, folded, both but for one unknown d x d
-matrix. By that and a revealed row of logits it also learns the last hidden row. The prompt stays
-its own.
+enters a LayerNorm and of products, to a power of two. Nothing else in it was learned from data (but
+by the shapes it tells which biases are zero and whether the FFN was folded). With
+--embedding=public also embedding.npz for the client, who then looks its tokens up itself, for no
+bytes and no time. It learns by it the embeddings and what is tied to them, the output matrix, but
+for the final LayerNorm's gain and bias; or in a softmax-only model, folded, both but for one
+unknown d x d matrix. By that and a revealed row of logits it also learns the last hidden row. The
+prompt stays its own.
 
 Under MPC a matrix product costs by its shape and every product of two secrets ends in a
 truncation, so whatever algebra can do in the clear is done here, once, in float64:
@@ -330,8 +330,9 @@ def flat(arrays, blocks, dtype):
 def write(model, tokenizer, folder, export=export, embedding="private", text=None, pairs=True):
     """
     server.npz, public.json and, if the embedding is public, embedding.npz, of a model, its arrays
-    made by `export`. text: token ids to try ranges on; pairs: see above. Returns server.npz's arrays. Raises
-    ValueError if a private run would garble the model, OSError if a file can't be written.
+    made by `export`. text: token ids to try ranges on; pairs: see above. Returns server.npz's
+    arrays. Raises ValueError if a private run would garble the model, OSError if a file can't be
+    written.
     """
     arrays = export(model)
     units, bits = check_range(model.config, arrays, text)

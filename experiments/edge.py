@@ -173,11 +173,8 @@ def at_edge(told):
 
 
 def tell(told):
-    cell = told["cell"]
-    shape = "x".join(str(cell["size"][key]) for key in ("n_layer", "n_embd", "block_size"))
-    return (f"{cell['label']}, {shape}, rate {cell['flags']['learning_rate']:g}, seed "
-            f"{cell['seed']}: {told['event']}, loss {told['history'][-1][1]:.3f}, "
-            f"{told['seconds']:.0f} s for {told['at_once']}")
+    return (f"{sweep.told_cell(told['cell'])}: {told['event']}, loss "
+            f"{told['history'][-1][1]:.3f}, {told['seconds']:.0f} s for {told['at_once']}")
 
 
 def report(table, series):

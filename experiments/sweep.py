@@ -117,12 +117,17 @@ def run(cells, results, make, study, jobs, deadline):
     carry_out(tasks, results, jobs, line)
 
 
+def told_cell(cell):
+    """A cell in a few words: its row of the tables, its shape, its rate and its seed."""
+    shape = "x".join(str(cell["size"][key]) for key in ("n_layer", "n_embd", "block_size"))
+    return (f"{cell['label']}, {shape}, rate {cell['flags']['learning_rate']:g}, "
+            f"seed {cell['seed']}")
+
+
 def line(told):
     cell = told["cell"]
-    shape = "x".join(str(cell["size"][key]) for key in ("n_layer", "n_embd", "block_size"))
-    return (f"{cell['task']} {cell['label']}, {shape}, rate {cell['flags']['learning_rate']:g}, "
-            f"seed {cell['seed']}: {told['event']} at step {told['history'][-1][0]}, score "
-            f"{told['score']:.3f}, {told['seconds']:.0f} s")
+    return (f"{cell['task']} {told_cell(cell)}: {told['event']} at step "
+            f"{told['history'][-1][0]}, score {told['score']:.3f}, {told['seconds']:.0f} s")
 
 
 def at_rate(cell, rate, seed):

@@ -87,21 +87,20 @@ def linear_ahead(op, engine, x, W, b=None):
     return y if b is None else op(jnp.add, y, b)
 
 
-def add_linear_ahead(op, engine, x, y, W, b=None):
-    return op(jnp.add, x, linear_ahead(op, engine, y, W, b))
-
-
-def scale_add_linear_ahead(op, engine, x, y, beta, W, b=None):
-    return op(scale_add, beta, x, linear_ahead(op, engine, y, W, b))
-
-
 def scale_add(beta, x, y):
     return beta * x + y
 
 
-Matrix.forms = {  # of functions of block.py, where one is among their values
-    linear: linear_ahead,
-    logits: linear_ahead,
-    add_linear: add_linear_ahead,
-    scale_add_linear: scale_add_linear_ahead,
-}
+def around(linear_form):
+    """The forms of linear() and of those functions of block.py that add something to it."""
+    def add_linear_form(op, engine, x, y, W, b=None):
+        return op(jnp.add, x, linear_form(op, engine, y, W, b))
+
+    def scale_add_linear_form(op, engine, x, y, beta, W, b=None):
+        return op(scale_add, beta, x, linear_form(op, engine, y, W, b))
+
+    return {linear: linear_form, add_linear: add_linear_form,
+            scale_add_linear: scale_add_linear_form}
+
+
+Matrix.forms = around(linear_ahead) | {logits: linear_ahead}  # where one is among their values

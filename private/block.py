@@ -42,8 +42,8 @@ def block(op, x, w, c, f, units=(1.0, 1.0), cache=None, bits=WHOLE):
     """
     One block, eq. 1 and 8: x (T, d) -> (T, d); or a run of m uniform ones, x + [C x, ..., C^m x]
     times one secret matrix, see fold_run() in pi_export.py. units: of its two LayerNorms, see
-    nonlinear.py; bits: a Bits, public. cache: a dict, which gets what a further token needs, see further.py: "kv"
-    (T, 2 d), or "v" (T, d), or "means" (T, m d).
+    nonlinear.py; bits: a Bits, public. cache: a dict, which gets what a further token needs, see
+    further.py: "kv" (T, 2 d), or "v" (T, d), or "means" (T, m d).
     """
     n = op("LayerNorm", f.normalise, x, unit=units[0]) if c.use_layernorm else x  # (T, d)
     if "qkv" in w:

@@ -112,8 +112,8 @@ class Engine:
                 share = self.receive(owner)
         return self.named(share, self.rings[64], shape, dtype)
 
-    def named(self, share, ring, shape, dtype):
-        secret = Secret(ring, next(self.names), shape, dtype)
+    def named(self, share, ring, shape, dtype, fraction=FRACTION):
+        secret = Secret(ring, next(self.names), shape, dtype, fraction)
         ring.runtime.set_var(secret.name, share)
         return secret
 
@@ -124,9 +124,7 @@ class Engine:
         mod 2. With another fraction than the engine's, op() drops the bits that are too many.
         """
         share = shares.share_of(array, bits, dtype)
-        secret = self.named(share, self.rings[bits], array.shape, dtype)
-        secret.fraction = fraction
-        return secret
+        return self.named(share, self.rings[bits], array.shape, dtype, fraction)
 
     def own(self, shape, owner, array=None):
         """The secret of integers mod 2^64 that are `owner`'s, which alone gives them."""

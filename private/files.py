@@ -2,7 +2,8 @@
 The files of a private model: what pi_export.py writes and the parties read.
 
 - public.json, for all parties: the configuration, the shape of every array, the units of the
-  LayerNorms, the fraction bits of what is multiplied in pairs, the tokenizer, and a hash that binds them to one server.npz
+  LayerNorms, the fraction bits of what is multiplied in pairs, the tokenizer, and a hash that
+  binds them to one server.npz
 - server.npz, for the server alone: the weights
 - embedding.npz, for the client, if the embedding is public: "wte" (V, d) and "wpe" (T, d)
 

@@ -237,7 +237,7 @@ def divide_form(op, engine, y, e, reciprocal, most, bits=None):
     block.divide() -> (T, d), of 18 fraction bits; y (H, T, d_k), integers of its fraction bits.
     bits: of y and of 1 / sum, where they are multiplied in pairs.
     """
-    r = op(reciprocal, row_sums(op, engine, e), most=most)                    # (H, T, 1)
+    r = over_row_sums(op, engine, e, reciprocal, most)                        # (H, T, 1)
     if bits:
         quotient = quotient_in_pairs(op, engine, y, r, bits)
     else:
@@ -249,14 +249,15 @@ def divide_form(op, engine, y, e, reciprocal, most, bits=None):
 def divide_row_form(op, engine, y, e, reciprocal, most):
     """block.divide_row(): y (H, d_k), of Y_BITS -> (1, d)."""
     y = engine.numbers(y)[:, None]                                            # (H, 1, d_k)
-    r = op(reciprocal, row_sums(op, engine, e), most=most)                    # (H, 1, 1)
+    r = over_row_sums(op, engine, e, reciprocal, most)                        # (H, 1, 1)
     return engine.hold(join_heads(whole_quotient(op, engine, y, r)), dtype=np.float32)
 
 
-def row_sums(op, engine, e):
-    """The sums, which are local, of e's rows (H, T, n), of 18 fraction bits: (H, T, 1)."""
+def over_row_sums(op, engine, e, reciprocal, most):
+    """1 over the sums, which are local, of e's rows (H, T, n): (H, T, 1)."""
     total = engine.numbers(e).sum(-1, keepdims=True)
-    return op(scaled, engine.hold(total, dtype=np.float32), bits=FRACTION - E_BITS)
+    total = op(scaled, engine.hold(total, dtype=np.float32), bits=FRACTION - E_BITS)
+    return op(reciprocal, total, most=most)
 
 
 def whole_quotient(op, engine, y, r):

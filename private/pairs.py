@@ -9,11 +9,10 @@ bits is off by 2e-3 of the products' size at most, or the product isn't made in 
 
 Price: 15 bytes less for each number of a product, and a third less time.
 """
-import jax.numpy as jnp
 import numpy as np
 
-from private.ahead import scale_add
-from private.block import add_linear, linear, scale_add_linear
+from private.ahead import around
+from private.block import linear
 from private.shares import FRACTION, HALF, apart, in_pairs, of_fraction
 
 
@@ -46,16 +45,4 @@ def linear_in_pairs(op, engine, x, W, b=None):
     return engine.hold(y, dtype=np.float32, fraction=kept)
 
 
-def add_linear_in_pairs(op, engine, x, y, W, b=None):
-    return op(jnp.add, x, linear_in_pairs(op, engine, y, W, b))
-
-
-def scale_add_linear_in_pairs(op, engine, x, y, beta, W, b=None):
-    return op(scale_add, beta, x, linear_in_pairs(op, engine, y, W, b))
-
-
-Paired.forms = {  # of functions of block.py, where one is among their values
-    linear: linear_in_pairs,
-    add_linear: add_linear_in_pairs,
-    scale_add_linear: scale_add_linear_in_pairs,
-}
+Paired.forms = around(linear_in_pairs)  # where one is among their values

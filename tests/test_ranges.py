@@ -177,7 +177,8 @@ def test_bits_leave_room_for_what_was_seen_and_round_it_slightly():
     error = 0.6 * np.hypot(product.first / 2**first, product.second / 2**second)
     assert error < 1 / product.demand
     for shift in (-1, 1):
-        other = np.hypot(product.first / 2 ** (first + shift), product.second / 2 ** (second - shift))
+        other = np.hypot(product.first / 2 ** (first + shift),
+                         product.second / 2 ** (second - shift))
         assert 0.6 * other >= error
     assert bits_of(product._replace(demand=1e6)) is None
     assert bits_of(product._replace(reach=1e9)) is None

@@ -19,7 +19,7 @@ IN_PAIRS = (13, 12), (14, 13)  # bits of Q and K, of values and 1 / sum
 CASES = [(T, 1.0, (), 18), (T, 2e3, (), 18), (1, 1.0, (), 18),  # rows, what Q is times, bits, and
          (T, 0.3, IN_PAIRS, 18), (T - 1, 0.3, IN_PAIRS, 24),    # the fraction of Q, K and V
          (T, 1.0, (), 21)]
-LEFT = rng.integers(-2**10, 2**10, (5, 64)) / 2.0**10  # rows, an odd number, two of the largest sums
+LEFT = rng.integers(-2**10, 2**10, (5, 64)) / 2.0**10  # odd rows, two of the largest sums
 LEFT[[1, 3]] = 1
 RIGHT = rng.integers(-2**13, 2**13, (64, 6)) / 2.0**13
 RIGHT[:, 2:4] = 0.99, -0.99  # 64 of them are nearly 2^30 units of 2^-24
