@@ -62,6 +62,7 @@ from private.nonlinear import (  # noqa: E402
     secure_normalise, secure_reciprocal, secure_row_exponentials, square)
 from private.pairs import Paired  # noqa: E402
 from private.shares import FRACTION  # noqa: E402
+from private.wraps import Wraps, settle  # noqa: E402
 
 H, d, T, V = n_head, n_embd, block_size, vocab_size
 d_k = d // H
@@ -99,6 +100,8 @@ def measure(what, form, exact, function, *secrets, times=1, fraction=0, steps=Fa
         found = engine.op(what, function, *secrets, **static)
     if fraction and found.ring.bits == 64:  # what is revealed of an int32 has 32 bits
         found, fraction = engine.hold(engine.numbers(found), dtype=np.float32), fraction - FRACTION
+    if found.dtype == np.float32:  # which is revealed as if it had the engine's own
+        fraction += found.fraction - FRACTION
     got = engine.reveal(found)
     if rank == CLIENT:
         got = got / 2.0**fraction
@@ -163,7 +166,11 @@ def softmax():
 
 
 def in_pairs():
-    """Products of two numbers in one beside whole ones, with bits like those of a trained layer."""
+    """
+    Products of two numbers in one beside whole ones, with bits like those of a trained layer, and
+    with what it takes to tell that none wraps.
+    """
+    engine.wraps = Wraps(np.arange(2, dtype=np.uint64))
     qkv = rng.normal(size=(T, 3 * d)) * np.repeat((0.25, 0.3, 1), d)
     q, k, v = split_heads(qkv, H)
     s = q @ k.transpose(0, 2, 1)
@@ -187,6 +194,8 @@ def in_pairs():
     measure("Q, K and V", "whole", x @ W, linear, X, own(SERVER, W))
     numbers = engine.own(W.shape, SERVER, fixed(W, 15))
     measure("Q, K and V", "rows in pairs", x @ W, linear, X, Paired(numbers, (11, 15)))
+    measure("has any of these wrapped", "of all at once", np.zeros((1, 1)),
+            lambda op: settle(partial(op, "watch"), engine), steps=True)
 
 
 def ffn_and_layernorm():

@@ -19,6 +19,7 @@ from model import ACTIVATIONS
 from private.nonlinear import CLIPPED, EXACT, HIDDEN, by_rows, only
 
 WORDS = 2048  # of the vocabulary that a product of many rows takes at a time
+NO_TOKEN = -1  # in place of a token's id, at positions past the prompt
 HEAD = ("head", "basis", "ln_f")  # the arrays of head() and of plain_head(), as prefixes
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from private.ahead import masked_product
+from private.block import NO_TOKEN
 from private.engine import CLIENT, SERVER
 from private.lookup import QUERIES, buckets, queries
 from private.nonlinear import CIPHERTEXT
@@ -24,7 +25,6 @@ BUCKETED_V = 8 * ROWS
 BUCKETED_T = 4 * QUERIES
 BITS = 16  # the embedding is looked up in integers, in units of 2^-16
 TABLE = "wte and wpe"  # the Matrix of both
-NO_TOKEN = -1  # at positions past the prompt
 
 
 def silent(stage, costs):

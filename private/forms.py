@@ -18,8 +18,8 @@ from private.further import next_mix, next_scores
 from private.nonlinear import (CIPHERTEXT, FACTOR, GELU_FAR, GELU_NEAR, LOGIT_UNIT, ROWS,
                                SECURE, causal_row_max, gelu_terms, secure_exponentials,
                                secure_row_exponentials)
-from private.shares import (CLIENT, FRACTION, HALF, apart, dropped, in_pairs, of_fraction, scaled,
-                            signed, without_low_bits)
+from private.shares import (CLIENT, FRACTION, HALF, apart, dropped, of_fraction, paired, scaled,
+                            signed, without, without_low_bits)
 
 # ------------------------------------------------------------------- exp(-x) of a sum of two shares
 # Logits below their row's largest are counted in steps, so many of them down to the clip: STEPS, or
@@ -157,8 +157,11 @@ def scores_form(op, engine, qkv, n_head, bits=None):
     q, k, _ = (heads(a, n_head) for a in np.split(engine.numbers(qkv), 3, axis=1))
     q = dropped(op, engine, q * np.uint64(FACTOR), qkv.fraction - bits[0])    # (H, T, d_k)
     k = np.pad(k, ((0, 0), (0, 2 * half - T), (0, 0)))
-    pairs = in_pairs(op, engine, k[:, :half], k[:, half:], qkv.fraction - bits[1])
-    s = engine.numbers(op(by_keys, engine.hold(q), engine.hold(pairs)))       # (H, T, half)
+    halves = without(op, engine, k[:, :half], k[:, half:], qkv.fraction - bits[1])
+    s = op(by_keys, engine.hold(q), engine.hold(paired(*halves)))             # (H, T, half)
+    s = engine.numbers(s)
+    if engine.wraps:
+        engine.wraps.note_logits(op, engine, q, np.concatenate(halves, 1), s)
     both = np.concatenate((without_low_bits(s, 0), without_low_bits(s, HALF)), 2)
     return engine.hold(both[..., :T], bits=32)
 
@@ -270,10 +273,14 @@ def quotient_in_pairs(op, engine, y, r, bits):
     """The same of a secret y, a column and the one d_k / 2 behind it in one. Price: 123 bytes."""
     d_k, half = y.shape[-1], -(-y.shape[-1] // 2)
     share = np.pad(engine.numbers(y), ((0, 0), (0, 0), (0, 2 * half - d_k)))
-    pairs = in_pairs(op, engine, share[..., :half], share[..., half:], y.fraction - bits[0])
-    r = dropped(op, engine, engine.numbers(r), FRACTION - bits[1])
-    pairs = engine.numbers(op(jnp.multiply, engine.hold(pairs), engine.hold(r)))
-    return apart(op, engine, pairs, sum(bits) - FRACTION, axis=2)[..., :d_k]  # (H, T, d_k)
+    halves = without(op, engine, share[..., :half], share[..., half:], y.fraction - bits[0])
+    r = dropped(op, engine, engine.numbers(r), FRACTION - bits[1])            # (H, T, 1)
+    pairs = op(jnp.multiply, engine.hold(paired(*halves)), engine.hold(r))
+    quotient = apart(op, engine, engine.numbers(pairs), sum(bits) - FRACTION, axis=2)
+    if engine.wraps:
+        rows = (a[:, :, None] for a in (r, np.concatenate(halves, 2), quotient))
+        engine.wraps.note(*rows, sum(bits) - FRACTION)
+    return quotient[..., :d_k]                                                # (H, T, d_k)
 
 
 def in_rows(form):

@@ -11,13 +11,19 @@ import numpy as np
 
 from model import GPTConfig
 from private.ahead import Matrix, fixed
-from private.block import HEAD, Bits, Row, block, head, last_block, layers_of, row_of, weights_of
-from private.embed import NO_TOKEN, TABLE, columns, embed, embed_next, silent, table_of
+from private.block import (HEAD, NO_TOKEN, Bits, Row, block, head, last_block, layers_of, row_of,
+                           weights_of)
+from private.embed import TABLE, columns, embed, embed_next, silent, table_of
 from private.engine import CLIENT, SERVER
 from private.further import Place, Seats, make_room, next_block
 from private.nonlinear import SECURE, secure_argmax
 from private.pairs import Paired
 from private.plain import plain_block, plain_head
+from private.wraps import begin, settle
+
+
+WRAPPED = ("of this prompt, numbers go further than products in pairs hold, so that its answer is "
+           "wrong: have the server export the model by python pi_export.py --pairs=False")
 
 
 @dataclass
@@ -57,6 +63,7 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     client = engine.rank == CLIENT
     put = partial(put_weights, engine, public["shapes"], weights)
     bits = bits_of(public) if engine.forms else {}
+    engine.wraps = engine.by_form(begin, "watch", times=1) if bits else None
     at_hand = partial(put, ahead=ahead, bits=bits)
 
     padded = np.pad(ids, (0, T - len(ids)), constant_values=NO_TOKEN) if client else None
@@ -92,8 +99,13 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
         make_room(engine.op, row.last, cache.layers, cache.room)
     if reveal == "token":
         y = engine.op("argmax", secure_argmax, y)                               # (rows,)
+    wrapped = None
+    if engine.wraps and engine.wraps.left:
+        wrapped = engine.reveal(engine.by_form(settle, "watch", times=1))
     result = engine.reveal(y)
     told("done", costs)
+    if client and whole and wrapped:
+        raise ValueError(WRAPPED)
     if client and not every_row:
         result = result[0]
     return result, costs

@@ -13,7 +13,7 @@ import numpy as np
 
 from private.ahead import around
 from private.block import linear
-from private.shares import FRACTION, HALF, apart, in_pairs, of_fraction
+from private.shares import FRACTION, HALF, apart, of_fraction, paired, without
 
 
 class Paired:
@@ -36,10 +36,13 @@ def linear_in_pairs(op, engine, x, W, b=None):
     x = engine.numbers(of_fraction(op, engine, x))
     rows, half = len(x), -(-len(x) // 2)
     x = np.pad(x, ((0, 2 * half - rows), (0, 0)))
-    pairs = in_pairs(op, engine, x[:half], x[half:], FRACTION - W.bits[0])
-    y = engine.numbers(op(linear, engine.hold(pairs), W.secret))
+    halves = without(op, engine, x[:half], x[half:], FRACTION - W.bits[0])
+    y = engine.numbers(op(linear, engine.hold(paired(*halves)), W.secret))
     kept = max(FRACTION, HALF + sum(W.bits) - 2 * FRACTION)
-    y = apart(op, engine, y, sum(W.bits) - kept, axis=0)[:rows]
+    y = apart(op, engine, y, sum(W.bits) - kept, axis=0)
+    if engine.wraps:
+        engine.wraps.note(np.concatenate(halves), engine.numbers(W.secret), y, sum(W.bits) - kept)
+    y = y[:rows]
     if b is not None:
         y = y + (engine.numbers(b) << np.uint64(kept - FRACTION))
     return engine.hold(y, dtype=np.float32, fraction=kept)

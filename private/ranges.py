@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from private.block import (HEAD, Row, add_linear, block, divide, head, last_block, layers_of,
-                           linear, logits, row_of, scale_add_linear, scores, weights_of)
+from private.block import (HEAD, NO_TOKEN, Row, add_linear, block, divide, head, last_block,
+                           layers_of, linear, logits, row_of, scale_add_linear, scores, weights_of)
 from private.files import PRODUCT, check_weights
 from private.nonlinear import ACTIVATION_KIND, CENTRE, EPSILON, EXACT, FACTOR, LOGIT_UNIT
 
@@ -50,9 +50,10 @@ def check_range(c, arrays, text=None):
 
     Raises ValueError, naming layer, figure and cure, if the engine would garble the model, and
     warns on stderr if it may. Certain for all text: every weight is a number that the engine holds.
-    Tried on contexts of the text, of random tokens and of the largest and smallest embeddings, and
-    so not certain for others: products stay below 2^26, rows within LayerNorm's range, and rounding
-    to 2^-18 after every step hardly changes the logits. Errors of nonlinear.py's forms don't count.
+    Tried on contexts of the text, of random tokens, of the largest and smallest embeddings, and on
+    a short prompt, and so not certain for others: products stay below 2^26, rows within LayerNorm's
+    range, and rounding to 2^-18 after every step hardly changes the logits. Errors of the forms in
+    nonlinear.py don't count.
     """
     check_weights(arrays)
     if "blocks.0.v" in arrays:  # plain.py's, whose formulas have ranges of their own
@@ -129,7 +130,7 @@ def both(a, step=STEP):
 
 
 def contexts(c, wte, text):
-    """Lists of T token ids each: of the text, at random, and those of extreme embeddings."""
+    """T token ids each: of the text, at random, those of extreme embeddings, and a short prompt."""
     T, V = c.block_size, c.vocab_size
     found = list(np.random.default_rng(0).integers(0, V, (RANDOM, T)))
     by_size = np.argsort(np.linalg.norm(wte, axis=1))
@@ -141,7 +142,7 @@ def contexts(c, wte, text):
             raise ValueError(f"the text has token {text.max()}, outside the vocabulary of {V}")
         starts = np.linspace(0, len(text) - T, TEXT).astype(int)
         found += [text[start:start + T] for start in starts]
-    return found
+    return [*found, np.where(np.arange(T) < T / 2, found[-1], NO_TOKEN)]
 
 
 def follow(watch, c, arrays, contexts):
@@ -152,7 +153,7 @@ def follow(watch, c, arrays, contexts):
         return weights_of(mine, *prefixes)
 
     def embedded(ids):
-        found = both(arrays["wte"][ids], EMBEDDING_STEP)
+        found = both(np.where(ids[:, None] == NO_TOKEN, 0, arrays["wte"][ids]), EMBEDDING_STEP)
         return Both(found.exact + wpe.exact, found.rounded + wpe.rounded)
 
     wpe = both(arrays["wpe"])

@@ -24,6 +24,7 @@ CHUNK = 2**26      # bytes of a share in one protobuf
 CLIENT, SERVER = 0, 1  # ranks
 FRACTION = 18      # bits of a float32, and those that a product of two of them drops
 HALF = 32          # bits of each where two numbers are in one, a + 2^32 b
+SPARE = 20         # and that b may lose by a shift, as wraps.py needs the other 44
 
 
 # ------------------------------------------------------------------------------ a share, out and in
@@ -161,17 +162,21 @@ def of_fraction(op, engine, secret):
 
 
 # ------------------------------------------------------------------------------ two numbers in one
-def in_pairs(op, engine, a, b, bits):
+def without(op, engine, a, b, bits):
     """
-    A share of a + 2^32 b, both without so many low bits. Of b the 32 bits above these are all that
-    counts, and they are right whatever the shares are, but for the last one.
+    Shares of a and b, to be paired, both without so many low bits: of a mod 2^64, of b, which loses
+    up to SPARE of them for nothing, mod 2^44. These are right whatever the shares are, but for the
+    last bit.
     """
-    if bits > HALF:
+    if bits > SPARE:
         both = dropped(op, engine, np.stack((a, b)), FRACTION)
-        return in_pairs(op, engine, *both, bits - FRACTION)
-    a = dropped(op, engine, a, bits)
+        return without(op, engine, *both, bits - FRACTION)
     if bits:
         b = (b + np.uint64(1 << (bits - 1))) >> np.uint64(bits)
+    return dropped(op, engine, a, bits), b
+
+
+def paired(a, b):
     return a + (b << np.uint64(HALF))
 
 

@@ -1,0 +1,105 @@
+"""
+Did a number of a product in pairs leave its range? One bit of a whole pass, for the client.
+
+Such a number is read mod 2^32, see shares.py: beyond 2^31 it wraps, and is wrong by k 2^32 without
+a sign of it. To compare each would cost what pairs save. But of a product X W, and of any factors
+r of its rows and s of its columns,
+
+    sum over i, j of r_i s_j (X W)_ij  =  (r X) (W s)
+
+To the right are sums that each party makes of its own shares, and one product for each column of X.
+To the left are the numbers as they were read, which is more by 2^32 times the sum of r_i s_j k_ij,
+and by roundings that are far less. Of all products of a pass these differences are added up, and
+one comparison tells.
+
+The factors are odd and of either sign, drawn for each pass when all numbers are bound to be what
+they are, and no secret. So a single wrap is always seen. Several may cancel each other: with a
+likelihood of 1 in 16 at most, as r_i for a row and then s_j for a column are one of 32, if no |k|
+is more than a hundred.
+
+Price: 8 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
+64 bits anyway.
+"""
+import os
+
+import numpy as np
+
+from private.shares import CLIENT, FRACTION, HALF, SPARE, truncated, without_low_bits
+
+LARGEST = 31  # of the factors
+UNIT = 31 + SPARE            # a wrap is 2^UNIT, or twice that; of b what is below 2^SPARE
+LIMIT = 2 ** (UNIT - 1 - HALF)  # is known, and roundings lie far below half of it
+TOGETHER = 2  # rows of logits that are read as one, their sum or difference
+
+
+class Wraps:
+    """What is known of a pass so far. seed: (2,) integers that both parties have."""
+
+    def __init__(self, seed):
+        self.random = np.random.Philox(key=seed)
+        self.left, self.right = [], []  # this party's shares of all r X and of all W s
+        self.read = np.zeros(1, np.uint64)  # and of the sums as they were read, times 2^SPARE
+
+    def factors(self, *shape):
+        drawn = self.random.random_raw(int(np.prod(shape))).reshape(shape) % np.uint64(LARGEST + 1)
+        return drawn * np.uint64(2) - np.uint64(LARGEST)
+
+    def note(self, X, W, read, bits):
+        """
+        A product of whole numbers: this party's shares X (..., R, n), W (..., n, C), and read
+        (..., R, C) of what was read, bits bits less than X W.
+        """
+        r, s = self.factors(*X.shape[:-1]), self.factors(*W.shape[:-2], W.shape[-1])
+        self.enter(r, X, W, s, (r * (read @ s[..., None])[..., 0]).sum(), bits)
+
+    def note_logits(self, op, engine, q, k, pairs):
+        """
+        The same of q (H, T, d_k), k (H, n, d_k) and their products (H, T, n / 2), two keys in one,
+        which are to be read mod 2^32 as they are. Rows are read by twos, mod 2^31.
+        """
+        H, T, _ = q.shape
+        r = self.factors(H, -(-T // TOGETHER)).repeat(TOGETHER, axis=1)[:, :T]          # (H, T)
+        sign = self.factors(H, T) & np.uint64(2**63)
+        sign = np.where(sign != 0, np.uint64(2**64 - 1), np.uint64(1))                  # 1 or -1
+        rows = np.pad(sign[..., None] * pairs, ((0, 0), (0, -T % TOGETHER), (0, 0)))
+        sums = rows.reshape(H, -1, TOGETHER, rows.shape[-1]).sum(2)                     # two rows
+        up = np.uint64(HALF + 1), np.uint64(1)
+        both = np.concatenate((sums << up[0], sums << up[1]), 2)                        # (.., n)
+        read = engine.numbers(truncated(op, engine, both))
+        s = self.factors(H, k.shape[1])
+        total = (r[:, ::TOGETHER] * (read @ s[..., None])[..., 0]).sum()
+        self.enter(r * sign, q, k.swapaxes(1, 2), s, total, FRACTION - HALF - 1)
+
+    def enter(self, r, X, W, s, total, bits):
+        self.left.append((r[..., None, :] @ X).ravel())
+        self.right.append((W @ s[..., None]).ravel())
+        self.read += total << np.uint64(SPARE + bits)
+
+
+def row_by_column(a, b):
+    return a @ b
+
+
+def beyond(x):
+    return (x >= LIMIT) | (x < -LIMIT)
+
+
+def begin(op, engine):
+    """The Wraps of a pass, from a seed that the client sends."""
+    seed = np.frombuffer(os.urandom(16), np.uint64)
+    heard = engine.to_server(seed)
+    return Wraps(seed if engine.rank == CLIENT else heard)
+
+
+def difference(op, engine):
+    """A party's share (1, 1) of what was read in a pass more than the products are, in all."""
+    seen = engine.wraps
+    left, right = (np.concatenate(parts) for parts in (seen.left, seen.right))
+    product = op(row_by_column, engine.hold(left[None]), engine.hold(right[:, None]))
+    return seen.read - (engine.numbers(product) << np.uint64(SPARE))
+
+
+def settle(op, engine):
+    """The secret bit (1, 1): whether a number of the pass has wrapped."""
+    more = without_low_bits(difference(op, engine), HALF)
+    return op(beyond, engine.hold(more, bits=32))

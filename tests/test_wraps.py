@@ -1,0 +1,126 @@
+"""What products in pairs do beyond their range, and that a pass tells of it: two real parties."""
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import tell, told_by_two_parties
+
+pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
+
+from private import shares, wraps  # noqa: E402
+from private.nonlinear import FACTOR, SECURE  # noqa: E402
+from test_shares import split  # noqa: E402
+
+H, T, d_k, d = 2, 23, 8, 16
+rng = np.random.default_rng(0)
+X_BITS, W_BITS = 11, 13
+X = rng.integers(-2**10, 2**10, (T, d)) / 2.0**10
+W = rng.integers(-2**13, 2**13, (d, 20)) / 2.0**13
+LARGEST = 2.0**(30 - X_BITS - W_BITS)  # of X W
+LOGIT_BITS = 10, 10
+QKV = rng.normal(size=(T, 3 * H * d_k))
+LARGEST_LOGIT = 2.0**(28 - sum(LOGIT_BITS)) / FACTOR  # that an export may have seen
+DIVIDE_BITS = 15, 13
+
+
+def with_product(row, column, size):
+    """X of which one number of X W is so large."""
+    changed = X.copy()
+    changed[row] = W[:, column] * size / (W[:, column] @ W[:, column])
+    return changed
+
+
+def with_logit(row, key, size):
+    """QKV of which that row's logits of head 1 are so large at most, all keys' included."""
+    q, k = (np.s_[part * H * d_k + d_k:part * H * d_k + 2 * d_k] for part in (0, 1))
+    changed = QKV.copy()
+    changed[row, q] = QKV[key, k] * size / np.abs(QKV[:, k] @ QKV[key, k]).max()
+    return changed
+
+
+# From 1 to 3 times the limit a truncation now and then reads a number rightly in spite of all.
+WRAPPING = {  # of whether a pass wraps: what is multiplied, by name of the function below
+    False: {"rows": [X, with_product(1, 3, LARGEST / 1.2), with_product(T - 1, 0, -LARGEST / 1.2)],
+            "logits": [QKV, with_logit(20, 3, LARGEST_LOGIT), with_logit(22, 22, -LARGEST_LOGIT)],
+            "quotients": [2.0, 3.9]},
+    True: {"rows": [with_product(1, 3, 3.1 * LARGEST), with_product(T - 1, 0, -3.1 * LARGEST),
+                    with_product(T - 2, 0, 1000 * LARGEST), 5 * X * LARGEST],
+           "logits": [with_logit(20, 3, 9 * LARGEST_LOGIT), with_logit(0, 22, -9 * LARGEST_LOGIT),
+                      with_logit(5, 14, 300 * LARGEST_LOGIT), 100 * QKV],
+           "quotients": [13.0, 200.0]},
+}
+
+
+def rows(op, engine, x):
+    from private.block import linear
+    from private.engine import SERVER
+    from private.pairs import Paired
+    paired = Paired(engine.own(W.shape, SERVER, shares.signed(W * 2.0**W_BITS)), (X_BITS, W_BITS))
+    x = split(np.rint(x * 2.0**18))[engine.rank]
+    op(linear, engine.hold(x, dtype=np.float32), paired)
+
+
+def logits(op, engine, qkv):
+    from private.block import scores
+    qkv = split(np.rint(qkv * 2.0**18))[engine.rank]
+    op(scores, engine.hold(qkv, dtype=np.float32), n_head=H, bits=LOGIT_BITS)
+
+
+def quotients(op, engine, size):
+    """One of sums of T weights 1, over T: the values' mean, which is so large at one place."""
+    from private.block import divide
+    from private.forms import E_BITS
+    y = np.ones((H, T, d_k)) * T
+    y[1, 5, 6] = -size * T
+    y = engine.hold(split(np.rint(y * 2.0**42))[engine.rank])
+    y.fraction = 42
+    e = engine.hold(split(np.full((H, T, T), 2**E_BITS))[engine.rank])
+    op(divide, y, e, reciprocal=SECURE.reciprocal, most=T, bits=DIVIDE_BITS)
+
+
+def party(rank, addresses):
+    """What either party runs: of each pass the difference, and the bit that it tells."""
+    from private.engine import Engine
+    engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
+    op = partial(engine.op, "other")
+    found = []
+    for wrapping, passes in WRAPPING.items():
+        for function, values in passes.items():
+            for value in values:
+                engine.wraps = wraps.begin(op, engine)
+                globals()[function](op, engine, value)
+                bit = engine.reveal(wraps.settle(op, engine))
+                more = engine.hold(shares.without_low_bits(wraps.difference(op, engine), 32),
+                                   bits=32)
+                more = engine.reveal(more)
+                if bit is not None:
+                    found.append((wrapping, function, int(more.item()), bool(bit.item())))
+    tell(engine, found)
+
+
+def test_a_pass_tells_whether_a_number_left_its_range():
+    """
+    Numbers at the limit that an export leaves and beyond it, of either half of a pair, of rows by a
+    matrix, of logits and of quotients; the client hears a bit, and the server nothing.
+    """
+    told, none = told_by_two_parties(__file__)
+    assert none == []
+    assert len(told) == sum(map(len, (*WRAPPING[False].values(), *WRAPPING[True].values())))
+    for wrapping, function, more, bit in told:
+        assert bit == wrapping, (function, more)
+        assert wrapping or abs(more) < wraps.LIMIT / 4
+
+
+def test_several_wraps_seldom_cancel_each_other():
+    """Two of one column, two of one row, four, with factors drawn ten thousand times."""
+    seen = wraps.Wraps(np.array([1, 2], np.uint64))
+    for places in ([(0, 0), (1, 0)], [(2, 1), (2, 4)], [(0, 0), (0, 1), (1, 0), (1, 1)]):
+        r, s = seen.factors(10_000, 3).view(np.int64), seen.factors(10_000, 5).view(np.int64)
+        assert set(np.abs(r).ravel()) == set(range(1, 32, 2))
+        total = sum(r[:, i] * s[:, j] * k for k, (i, j) in zip((1, -1, -1, 1), places))
+        assert (total % 2**12 == 0).mean() < 1 / 16
+
+
+if __name__ == "__main__":
+    party(int(sys.argv[1]), sys.argv[2:])
