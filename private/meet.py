@@ -44,7 +44,9 @@ def end_now(line, status, mid_line=False):
     """
     ENDING.acquire()  # and never release: a second thread's line would only confuse
     before = "\n" if mid_line else ""
-    print(before + " ".join(line.splitlines()), file=sys.stderr, flush=True)
+    # In one write: print() may take two, between which another party's line may come.
+    sys.stderr.write(before + " ".join(line.splitlines()) + "\n")
+    sys.stderr.flush()
     os._exit(status)
 
 

@@ -12,10 +12,9 @@ To the left are the numbers as they were read, which is more by 2^32 times the s
 and by roundings that are far less. Of all products of a pass these differences are added up, and
 one comparison tells.
 
-The factors are odd and of either sign, drawn for each pass when all numbers are bound to be what
-they are, and no secret. So a single wrap is always seen. Several may cancel each other: with a
-likelihood of 1 in 16 at most, as r_i for a row and then s_j for a column are one of 32, if no |k|
-is more than a hundred.
+The factors are odd numbers of either sign, drawn anew for each pass, and no secret. So a single
+wrap is always seen. Several may cancel each other, with a likelihood of 1 in 16 at most: whatever
+the other factors are, one of 32 of a row's does it at most, and one of 32 of a column's.
 
 Price: 8 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
 64 bits anyway.

@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, refusals, run
 
 pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
+from pi_export import write  # noqa: E402
 from private import launch  # noqa: E402
+from private.infer import WRAPPED  # noqa: E402
 from private.meet import GONE, free_addresses  # noqa: E402
 from private.party import read_prompts  # noqa: E402
 
@@ -117,7 +119,7 @@ def test_each_party_holds_only_its_own(exported, certificates, tmp_path):
     assert np.abs(revealed - plain).max() < 0.02 * np.abs(plain).max()
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["token"] == plain.argmax()
-    kinds = {"set-up", "embedding", "matmul", "temperature", "softmax", "head"}
+    kinds = {"set-up", "watch", "embedding", "matmul", "temperature", "softmax", "head"}
     assert set(result["bytes_by_kind"]) == kinds
     assert all(size > 0 for size in result["bytes_by_kind"].values())
     for total, parts in (("bytes_total", "bytes_by_kind"), ("rounds", "rounds_by_kind"),
@@ -286,6 +288,23 @@ def test_only_the_token_is_revealed(exported, certificates):
     assert "argmax" in out
     assert "same token as in plain" in out
     assert "NO" not in out
+
+
+def test_a_prompt_beyond_its_range_gets_no_answer(exported, tmp_path, monkeypatch):
+    """Of a model whose queries, keys and values were given too many bits: they wrap."""
+    _, model = exported
+    monkeypatch.setattr("pi_export.check_range", lambda *given: (units, {"blocks.0.qkv": (18, 18)}))
+    units = [1.0] * (2 * model.config.n_layer + 1)
+    write(model, TOKENIZER, str(tmp_path / "server"))
+    (tmp_path / "client").mkdir()
+    shutil.copy(tmp_path / "server" / "public.json", tmp_path / "client")
+    server, client = pair(tmp_path, client=[f"--prompt={PROMPT}", f"--json={tmp_path / 'r.json'}"])
+    out = client.communicate(timeout=100)[0]
+    assert client.returncode == 1
+    assert out.splitlines()[-1] == f"error: {WRAPPED}"
+    assert "next token" not in out
+    assert not (tmp_path / "r.json").exists()
+    assert server.communicate(timeout=30)[0].splitlines()[-1] == f"error: {GONE}"
 
 
 # ------------------------------------------------------------------------------ replies
@@ -593,66 +612,82 @@ SECOND_LAYER = "or at least 2 with a public embedding"
 TOO_LONG = "tokens and the model's context is 16"
 
 
-@pytest.mark.parametrize("args, status, words", [
-    ([*CLIENT, *PLACES, "--connect_timeout=1"], 1, "did not come to"),
-    ([*CLIENT, *PLACES, "--prompt=one two three four five six"], 1, TOO_LONG),
-    ([*CLIENT, *PLACES, "--prompt_ids=1", "--prompt=def"], 2, "give one"),
-    ([*CLIENT, *PLACES, "--tls={folder}"], 2, "ca.pem: --tls is a folder"),
-    ([*CLIENT, *PLACES, "--protocol=aby3"], 2, "--peer must name one other, or two with"),
-    ([*CLIENT, "--plain=True"], 2, "it is for --role=both"),
-    (["--role=client", "--public=nowhere.json", *PLACES], 1, "nowhere.json"),
-    ([*CLIENT, "--public={embedding}", *PLACES, "--measure_layers=1"], 1, SECOND_LAYER),
-    (["--role=client", *PLACES], 2, "--role=client needs --public"),
-    (["--role=server", "--private={client}", *PLACES], 1, "server.npz"),
-    ([*SERVER, "--listen=here", "--peer=127.0.0.1:1"], 2, "--listen must be HOST:PORT"),
-    ([*SERVER, "--listen=here:٣٣", "--peer=127.0.0.1:1"], 2, "--listen must be HOST:PORT"),
-    ([*SERVER, "--embedding=public"], 2, "--embedding is chosen by pi_export.py"),
-    ([*CKPT, "--prompt=one two three four five six"], 1, TOO_LONG),
-    ([*CKPT, "--windows=1", "--windows_file=nowhere.bin"], 1, "can't read held-out text"),
-    ([*CKPT, "--windows=1", "--reveal=token"], 2, "--windows compares the logits"),
-    ([*CKPT, "--archs=sm_ln_g"], 2, "give one"),
-    ([*CKPT, "--json={folder}"], 2, "it is there, and no file"),
-    ([*CKPT, "--json=/dev/null"], 2, "can't write /dev/null"),
-    ([*CKPT, "--json=nowhere/r.json"], 2, "can't write nowhere/r.json: No such file"),
-    (["--ckpt=nowhere.pt"], 1, "no checkpoint at nowhere.pt"),
-    ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=17"], 1, "at most the model's context"),
-    ([*CLIENT, *PLACES, "--temperature=1", "--reveal=token"], 2, "not with --reveal=token"),
-    ([*SERVER, *PLACES, "--serve=True", "--private={client}"], 1, "server.npz"),
-    ([*SERVER, *PLACES, "--serve=True", "--prompt_tokens=17"], 1, "at most the model's context"),
-    ([*SERVER, *PLACES, "--network=wan"], 2, "--network is for --role=both"),
-    ([*CKPT, "--n_layer=3"], 2, "--n_layer is of the models that --archs makes"),
-    ([*CKPT, "--windows=1"], 1, "give --windows_file"),
-    (["--archs=sm_scfuffn_positional", "--n_layer=4", "--positional_layers=5"], 2, "and is 5"),
-    ([*CKPT, "--serve=True"], 2, "--serve is for --role=server"),
-    ([*CKPT, "--plain=True", "--max_new_tokens=2"], 2, "--plain and --baseline"),
-    ([*CKPT, "--guesses=2", "--max_new_tokens=2"], 2, "go together"),
-    ([*CKPT, "--guesses=2", "--draft={folder}/ckpt.pt"], 2, "give --max_new_tokens as well"),
-    ([*CLIENT, *PLACES, "--prompt=def", "--max_new_tokens=2", "--guesses=1",
-      "--draft={folder}/none.pt"], 1, "no checkpoint at"),
-    ([*CKPT, "--ahead=True", "--protocol=semi2k"], 2, "--ahead is of the protocol cheetah"),
-    (["--archs=sm_lng"], 2, "no architecture 'sm_lng'"),
-    (["--archs=sm_ln_g", "--n_head=5"], 2, "cannot be split"),
-    (["--archs=sm_ln_g", "--uniform_layers=13"], 2, "at most n_layer=12, and is 13"),
-    (["--archs=sm_ln_g", "--prompt=def"], 2, "--prompt needs a tokenizer"),
-    (["--archs=sm_ln_g", *TINY, "--measure_layers=1", "--embedding=public"], 1, SECOND_LAYER),
-    (["--measure_layers=-1"], 2, "measure_layers must be at least 0"),
-    (["--timeout=1e12"], 2, "timeout must be at least 5 and at most 86400"),
-    (["--seed=1e30"], 2, "seed must be at least 0"),
-    (["--n_layer=1e9"], 2, "n_layer must be at least 1 and at most 1000"),
-    (["--protocol=spdz"], 2, "protocol must be one of cheetah, semi2k, aby3"),
-    (["--network=wan", "--protocol=aby3"], 2, "aby3 has three"),
-    (["--from_json={client}/public.json"], 1, "holds no results"),
-    (["--from_json=nowhere.json"], 1, "nowhere.json"),
-])
-def test_one_line_says_what_is_wrong(args, status, words, exported, tmp_path):
+SETTINGS = [
+    ([*CLIENT, *PLACES, "--prompt_ids=1", "--prompt=def"], "give one"),
+    ([*CLIENT, *PLACES, "--tls={folder}"], "ca.pem: --tls is a folder"),
+    ([*CLIENT, *PLACES, "--protocol=aby3"], "--peer must name one other, or two with"),
+    ([*CLIENT, "--plain=True"], "it is for --role=both"),
+    (["--role=client", *PLACES], "--role=client needs --public"),
+    ([*SERVER, "--listen=here", "--peer=127.0.0.1:1"], "--listen must be HOST:PORT"),
+    ([*SERVER, "--listen=here:٣٣", "--peer=127.0.0.1:1"], "--listen must be HOST:PORT"),
+    ([*SERVER, "--embedding=public"], "--embedding is chosen by pi_export.py"),
+    ([*CKPT, "--windows=1", "--reveal=token"], "--windows compares the logits"),
+    ([*CKPT, "--archs=sm_ln_g"], "give one"),
+    ([*CKPT, "--json={folder}"], "it is there, and no file"),
+    ([*CKPT, "--json=/dev/null"], "can't write /dev/null"),
+    ([*CKPT, "--json=nowhere/r.json"], "can't write nowhere/r.json: No such file"),
+    ([*CLIENT, *PLACES, "--temperature=1", "--reveal=token"], "not with --reveal=token"),
+    ([*SERVER, *PLACES, "--network=wan"], "--network is for --role=both"),
+    ([*CKPT, "--n_layer=3"], "--n_layer is of the models that --archs makes"),
+    (["--archs=sm_scfuffn_positional", "--n_layer=4", "--positional_layers=5"], "and is 5"),
+    ([*CKPT, "--serve=True"], "--serve is for --role=server"),
+    ([*CKPT, "--plain=True", "--max_new_tokens=2"], "--plain and --baseline"),
+    ([*CKPT, "--guesses=2", "--max_new_tokens=2"], "go together"),
+    ([*CKPT, "--guesses=2", "--draft={folder}/ckpt.pt"], "give --max_new_tokens as well"),
+    ([*CKPT, "--ahead=True", "--protocol=semi2k"], "--ahead is of the protocol cheetah"),
+    (["--archs=sm_lng"], "no architecture 'sm_lng'"),
+    (["--archs=sm_ln_g", "--n_head=5"], "cannot be split"),
+    (["--archs=sm_ln_g", "--uniform_layers=13"], "at most n_layer=12, and is 13"),
+    (["--archs=sm_ln_g", "--prompt=def"], "--prompt needs a tokenizer"),
+    (["--measure_layers=-1"], "measure_layers must be at least 0"),
+    (["--timeout=1e12"], "timeout must be at least 5 and at most 86400"),
+    (["--seed=1e30"], "seed must be at least 0"),
+    (["--n_layer=1e9"], "n_layer must be at least 1 and at most 1000"),
+    (["--protocol=spdz"], "protocol must be one of cheetah, semi2k, aby3"),
+    (["--network=wan", "--protocol=aby3"], "aby3 has three"),
+]
+
+
+def placed(args, exported, tmp_path):
+    """The arguments with what stands for folders and ports filled in."""
     folder, model = exported
     public = json.loads((folder / "client" / "public.json").read_text())
     (tmp_path / "public.json").write_text(json.dumps(public | {"embedding": "0" * 64}))
     ports = [address.split(":")[1] for address in free_addresses(2)]
     places = {"folder": folder, "client": folder / "client", "server": folder / "server",
-              "embedding": tmp_path / "public.json",
-              "port": ports[0], "port2": ports[1]}
-    out = run("bench_spu.py", *(arg.format(**places) for arg in args), status=status)
+              "embedding": tmp_path / "public.json", "port": ports[0], "port2": ports[1]}
+    return [arg.format(**places) for arg in args]
+
+
+def test_one_line_says_what_setting_is_wrong(exported, tmp_path):
+    tries = [placed(args, exported, tmp_path) for args, _ in SETTINGS]
+    for (args, words), (status, said) in zip(SETTINGS, refusals("bench_spu.py", tries)):
+        assert status == 2, args
+        assert said.startswith("error: ") and said.count("\n") == 1, (args, said)
+        assert words in said, (args, said)
+
+
+@pytest.mark.parametrize("args, words", [
+    ([*CLIENT, *PLACES, "--connect_timeout=1"], "did not come to"),
+    ([*CLIENT, *PLACES, "--prompt=one two three four five six"], TOO_LONG),
+    (["--role=client", "--public=nowhere.json", *PLACES], "nowhere.json"),
+    ([*CLIENT, "--public={embedding}", *PLACES, "--measure_layers=1"], SECOND_LAYER),
+    (["--role=server", "--private={client}", *PLACES], "server.npz"),
+    ([*CKPT, "--prompt=one two three four five six"], TOO_LONG),
+    ([*CKPT, "--windows=1", "--windows_file=nowhere.bin"], "can't read held-out text"),
+    (["--ckpt=nowhere.pt"], "no checkpoint at nowhere.pt"),
+    ([*CLIENT, *PLACES, "--prompt=def", "--prompt_tokens=17"], "at most the model's context"),
+    ([*SERVER, *PLACES, "--serve=True", "--private={client}"], "server.npz"),
+    ([*SERVER, *PLACES, "--serve=True", "--prompt_tokens=17"], "at most the model's context"),
+    ([*CKPT, "--windows=1"], "give --windows_file"),
+    ([*CLIENT, *PLACES, "--prompt=def", "--max_new_tokens=2", "--guesses=1",
+      "--draft={folder}/none.pt"], "no checkpoint at"),
+    (["--archs=sm_ln_g", *TINY, "--measure_layers=1", "--embedding=public"], SECOND_LAYER),
+    (["--from_json={client}/public.json"], "holds no results"),
+    (["--from_json=nowhere.json"], "nowhere.json"),
+])
+def test_one_line_says_what_is_wrong(args, words, exported, tmp_path):
+    out = run("bench_spu.py", *placed(args, exported, tmp_path), status=1)
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert words in last
