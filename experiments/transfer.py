@@ -95,17 +95,20 @@ def command(run):
 def outcome(run):
     """
     A run that is over, as rows.paired() likes it: the loss before, after 1% and at the end, nats,
-    and the perplexity at the end; None where there is no such run.
+    the perplexity at the end, and that on its own text of the checkpoint; None where there is no
+    such run.
     """
     log = read_log(folder(run) / "log.jsonl")
     if not reproduce.is_over(log):
         return None
     evals = {r["step"]: r for r in log if r["event"] == "eval"}
     steps, early = steps_of()
+    before = read_log(checkpoint(run).parent / "log.jsonl")
     told = {"run": run, "seed": run["seed"], "event": log[-1]["event"], "step": log[-1]["step"],
             "loss": {str(step): evals[step]["val_ce"] for step in (0, early, steps)
                      if step in evals},
-            "val_ppl": log[-1].get("val_ppl"), "parameters": log[-1]["parameters"],
+            "val_ppl": log[-1].get("val_ppl"),
+            "pretraining_val_ppl": before[-1].get("val_ppl") if before else None, "parameters": log[-1]["parameters"],
             "entropy_by_layer": log[-1]["entropy_by_layer"], "torch": log[-1]["torch"],
             "machine": log[-1]["machine"], "data_sha256": log[-1]["data_sha256"],
             "command": " ".join(["python", *map(str, command(run))])}
