@@ -87,7 +87,7 @@ class Engine:
         self.rings = {64: Ring(self.link, self.size, protocol, plain, 64)}
         self.runtime, self.io = self.rings[64].runtime, self.rings[64].io
         self.forms = {}
-        self.wraps = None  # of a pass with products in pairs
+        self.wraps = None  # during infer(), see wraps.py
         if protocol == "cheetah" and not plain:
             shares.check_version()
             self.rings[32] = Ring(self.link.spawn(), self.size, protocol, plain, 32)

@@ -1,5 +1,6 @@
 """
-What softmax, GELU and ReLU gain under Cheetah by local functions of shares, see shares.py.
+What softmax, GELU and ReLU gain under Cheetah by local functions of shares, see shares.py. (And
+LayerNorm in steps.)
 
 FORMS at the end says which functions of block.py and nonlinear.py have a form here: Engine.op()
 takes it in their place. Integers, as dtype int32, are what these hand on, each with the fraction
@@ -16,8 +17,8 @@ import numpy as np
 from private.block import (divide, divide_row, heads, join_heads, mix, mix_rows, row_scores, scores)
 from private.further import next_mix, next_scores
 from private.nonlinear import (CIPHERTEXT, FACTOR, GELU_FAR, GELU_NEAR, LOGIT_UNIT, ROWS,
-                               SECURE, causal_row_max, gelu_terms, secure_exponentials,
-                               secure_row_exponentials)
+                               SECURE, causal_row_max, centred, gelu_terms, of_unit_variance,
+                               secure_exponentials, secure_row_exponentials, variances)
 from private.shares import (CLIENT, FRACTION, HALF, apart, dropped, of_fraction, paired, scaled,
                             signed, without, without_low_bits)
 
@@ -285,11 +286,21 @@ def quotient_in_pairs(op, engine, y, r, bits):
 
 def in_rows(form):
     """by_rows() of a form of one input."""
-    def in_pieces(op, engine, x):
+    def in_pieces(op, engine, x, **static):
         share = engine.numbers(of_fraction(op, engine, x))
-        pieces = [form(op, engine, share[i:i + ROWS]) for i in range(0, len(share), ROWS)]
-        return engine.hold(np.concatenate(pieces), dtype=np.float32)
+        pieces = [share[i:i + ROWS] for i in range(0, len(share), ROWS)]
+        found = [form(op, engine, piece, **static) for piece in pieces]
+        return engine.hold(np.concatenate(found), dtype=np.float32)
     return in_pieces
+
+
+def normalise_share(op, engine, share, unit=1.0):
+    """secure_normalise() in steps: a pass watches how large the variances are."""
+    y = op(centred, engine.hold(share, dtype=np.float32), unit=unit)
+    variance = op(variances, y)
+    if engine.wraps:
+        engine.wraps.note_variances(engine.numbers(variance))
+    return engine.numbers(op(of_unit_variance, y, variance, unit=unit))
 
 
 def narrow(engine, share):
@@ -318,7 +329,7 @@ def gelu_share(op, engine, share):
     return relu + chosen_terms.sum(0, dtype=np.uint64)
 
 
-FORMS = {  # but for the activations all or none: they hand integers on
+FORMS = {  # those of softmax all or none, as they hand integers on
     **{f: in_integers(f) for f in (row_scores, next_scores)},
     **{f: weighted(f) for f in (mix, next_mix)},
     mix_rows: weighted_rows,
@@ -327,6 +338,7 @@ FORMS = {  # but for the activations all or none: they hand integers on
     secure_row_exponentials: row_exponentials_form,
     divide: divide_form,
     divide_row: divide_row_form,
+    SECURE.normalise: in_rows(normalise_share),
     SECURE.activation["relu"]: in_rows(relu_share),
     SECURE.activation["gelu"]: in_rows(gelu_share),
     SECURE.activation["gelu_tanh"]: in_rows(gelu_share),

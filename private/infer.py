@@ -22,8 +22,9 @@ from private.plain import plain_block, plain_head
 from private.wraps import begin, settle
 
 
-WRAPPED = ("of this prompt, numbers go further than products in pairs hold, so that its answer is "
-           "wrong: have the server export the model by python pi_export.py --pairs=False")
+BEYOND = ("numbers of this prompt go further than the export allows for, and its answer would be "
+          "wrong: products in pairs hold the least, and python pi_export.py --pairs=False makes "
+          "all of them whole")
 
 
 @dataclass
@@ -63,7 +64,7 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     client = engine.rank == CLIENT
     put = partial(put_weights, engine, public["shapes"], weights)
     bits = bits_of(public) if engine.forms else {}
-    engine.wraps = engine.by_form(begin, "watch", times=1) if bits else None
+    engine.wraps = engine.by_form(begin, "watch", times=1) if engine.forms else None
     at_hand = partial(put, ahead=ahead, bits=bits)
 
     padded = np.pad(ids, (0, T - len(ids)), constant_values=NO_TOKEN) if client else None
@@ -99,13 +100,14 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
         make_room(engine.op, row.last, cache.layers, cache.room)
     if reveal == "token":
         y = engine.op("argmax", secure_argmax, y)                               # (rows,)
-    wrapped = None
-    if engine.wraps and engine.wraps.left:
-        wrapped = engine.reveal(engine.by_form(settle, "watch", times=1))
+    beyond = None
+    if engine.wraps and (engine.wraps.left or engine.wraps.others):
+        beyond = engine.reveal(engine.by_form(settle, "watch", times=1))
+    engine.wraps = None
     result = engine.reveal(y)
     told("done", costs)
-    if client and whole and wrapped:
-        raise ValueError(WRAPPED)
+    if client and whole and beyond:
+        raise ValueError(BEYOND)
     if client and not every_row:
         result = result[0]
     return result, costs

@@ -85,6 +85,7 @@ def by_rows(f):
 EPSILON = 1e-5       # torch's, added to a row's variance
 CENTRE = 4.0         # what a standard deviation of one unit is brought to, inside rsqrt's range
 SMALLEST = 2.0**-16  # a variance that the engine still tells from 0: four steps of 2^-18
+LARGEST = 2.0**16    # that its rsqrt is sure to hold for
 
 
 def normalise(x, unit=1.0):
@@ -103,17 +104,30 @@ def secure_normalise(x, unit=1.0):
     between. Range: rows of standard deviation from unit / 32 to 64 units, within 1e-2; from
     unit / 8 to 16 units, within 2e-3; from 90 units on the result is 0.
     The mean is subtracted twice: 1/d has 18 bits in the engine, and 1/768 is wrong by a thousandth.
+    Beyond LARGEST, 64 units, a private pass says so, see wraps.py.
 
     Price: 15 MB for 128 x 768, where two products for every entry take 44. This form is slower, as
     the engine's time goes into matrix products. Both products have rows x rows entries of which
     `rows` are wanted: more than ROWS rows go by_rows().
     """
-    d = x.shape[-1]
-    diagonal = np.eye(len(x), dtype=bool)                     # (T, T)
+    y = centred(x, unit)                                      # (T, d)
+    return of_unit_variance(y, variances(y), unit)            # (T, d)
+
+
+def centred(x, unit):
+    """y = k x, its rows less their means."""
     x = x - x.mean(-1, keepdims=True)
     x = x - x.mean(-1, keepdims=True)
-    y = x * (CENTRE / (unit * math.sqrt(d)))                  # (T, d)
-    variance = only(diagonal, y @ y.T).sum(-1)                # (T,)
+    return x * (CENTRE / (unit * math.sqrt(x.shape[-1])))     # (T, d)
+
+
+def variances(y):
+    """The squared lengths of the rows of y (T, d): of a row of one unit CENTRE^2."""
+    return only(np.eye(len(y), dtype=bool), y @ y.T).sum(-1)  # (T,)
+
+
+def of_unit_variance(y, variance, unit):
+    diagonal, d = np.eye(len(y), dtype=bool), y.shape[-1]
     epsilon = max(EPSILON * (CENTRE / unit) ** 2, SMALLEST)
     r = math.sqrt(d) * jax.lax.rsqrt(variance + epsilon)      # (T,)
     return only(diagonal, r[:, None]) @ y                     # (T, d)

@@ -16,18 +16,23 @@ The factors are odd numbers of either sign, drawn anew for each pass, and no sec
 wrap is always seen. Several may cancel each other, with a likelihood of 1 in 16 at most: whatever
 the other factors are, one of 32 of a row's does it at most, and one of 32 of a column's.
 
-Price: 8 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
+The variances of LayerNorms' rows are compared as well.
+
+Price: 5 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
 64 bits anyway.
 """
+import math
 import os
 
 import numpy as np
 
+from private.nonlinear import LARGEST
 from private.shares import CLIENT, FRACTION, HALF, SPARE, truncated, without_low_bits
 
-LARGEST = 31  # of the factors
+MOST = 31  # of the factors
 UNIT = 31 + SPARE            # a wrap is 2^UNIT, or twice that; of b what is below 2^SPARE
 LIMIT = 2 ** (UNIT - 1 - HALF)  # is known, and roundings lie far below half of it
+VARIANCE_BITS = round(math.log2(LARGEST * 2.0**FRACTION / LIMIT))  # that make LARGEST the LIMIT
 TOGETHER = 2  # rows of logits that are read as one, their sum or difference
 
 
@@ -38,10 +43,11 @@ class Wraps:
         self.random = np.random.Philox(key=seed)
         self.left, self.right = [], []  # this party's shares of all r X and of all W s
         self.read = np.zeros(1, np.uint64)  # and of the sums as they were read, times 2^SPARE
+        self.others = []  # and mod 2^32 of other numbers that must stay below LIMIT
 
     def factors(self, *shape):
-        drawn = self.random.random_raw(int(np.prod(shape))).reshape(shape) % np.uint64(LARGEST + 1)
-        return drawn * np.uint64(2) - np.uint64(LARGEST)
+        drawn = self.random.random_raw(int(np.prod(shape))).reshape(shape) % np.uint64(MOST + 1)
+        return drawn * np.uint64(2) - np.uint64(MOST)
 
     def note(self, X, W, read, bits):
         """
@@ -69,6 +75,10 @@ class Wraps:
         total = (r[:, ::TOGETHER] * (read @ s[..., None])[..., 0]).sum()
         self.enter(r * sign, q, k.swapaxes(1, 2), s, total, FRACTION - HALF - 1)
 
+    def note_variances(self, share):
+        """This party's share of what enters a LayerNorm's reciprocal root."""
+        self.others.append(without_low_bits(share, VARIANCE_BITS))
+
     def enter(self, r, X, W, s, total, bits):
         self.left.append((r[..., None, :] @ X).ravel())
         self.right.append((W @ s[..., None]).ravel())
@@ -79,8 +89,8 @@ def row_by_column(a, b):
     return a @ b
 
 
-def beyond(x):
-    return (x >= LIMIT) | (x < -LIMIT)
+def any_beyond(x):
+    return ((x >= LIMIT) | (x < -LIMIT)).any()
 
 
 def begin(op, engine):
@@ -99,6 +109,8 @@ def difference(op, engine):
 
 
 def settle(op, engine):
-    """The secret bit (1, 1): whether a number of the pass has wrapped."""
-    more = without_low_bits(difference(op, engine), HALF)
-    return op(beyond, engine.hold(more, bits=32))
+    """The secret bit, (): whether a number of the pass left its range."""
+    numbers = [*engine.wraps.others]
+    if engine.wraps.left:
+        numbers.append(without_low_bits(difference(op, engine), HALF)[0])
+    return op(any_beyond, engine.hold(np.concatenate(numbers), bits=32))

@@ -23,7 +23,7 @@ pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 from pi_export import write  # noqa: E402
 from private import launch  # noqa: E402
-from private.infer import WRAPPED  # noqa: E402
+from private.infer import BEYOND  # noqa: E402
 from private.meet import GONE, free_addresses  # noqa: E402
 from private.party import read_prompts  # noqa: E402
 
@@ -301,7 +301,7 @@ def test_a_prompt_beyond_its_range_gets_no_answer(exported, tmp_path, monkeypatc
     server, client = pair(tmp_path, client=[f"--prompt={PROMPT}", f"--json={tmp_path / 'r.json'}"])
     out = client.communicate(timeout=100)[0]
     assert client.returncode == 1
-    assert out.splitlines()[-1] == f"error: {WRAPPED}"
+    assert out.splitlines()[-1] == f"error: {BEYOND}"
     assert "next token" not in out
     assert not (tmp_path / "r.json").exists()
     assert server.communicate(timeout=30)[0].splitlines()[-1] == f"error: {GONE}"

@@ -43,12 +43,12 @@ def with_logit(row, key, size):
 WRAPPING = {  # of whether a pass wraps: what is multiplied, by name of the function below
     False: {"rows": [X, with_product(1, 3, LARGEST / 1.2), with_product(T - 1, 0, -LARGEST / 1.2)],
             "logits": [QKV, with_logit(20, 3, LARGEST_LOGIT), with_logit(22, 22, -LARGEST_LOGIT)],
-            "quotients": [2.0, 3.9]},
+            "quotients": [2.0, 3.9], "layer_norm": [1.0, 60.0]},
     True: {"rows": [with_product(1, 3, 3.1 * LARGEST), with_product(T - 1, 0, -3.1 * LARGEST),
                     with_product(T - 2, 0, 1000 * LARGEST), 5 * X * LARGEST],
            "logits": [with_logit(20, 3, 9 * LARGEST_LOGIT), with_logit(0, 22, -9 * LARGEST_LOGIT),
                       with_logit(5, 14, 300 * LARGEST_LOGIT), 100 * QKV],
-           "quotients": [13.0, 200.0]},
+           "quotients": [13.0, 200.0], "layer_norm": [70.0, 2000.0]},
 }
 
 
@@ -79,6 +79,14 @@ def quotients(op, engine, size):
     op(divide, y, e, reciprocal=SECURE.reciprocal, most=T, bits=DIVIDE_BITS)
 
 
+def layer_norm(op, engine, size):
+    """Of rows whose standard deviation is a unit, and one whose deviation is so many."""
+    x = np.random.default_rng(1).normal(size=(T, d)) / 4
+    x[7] *= size / x[7].std() / 4
+    x = split(np.rint(x * 2.0**18))[engine.rank]
+    op(SECURE.normalise, engine.hold(x, dtype=np.float32), unit=0.25)
+
+
 def party(rank, addresses):
     """What either party runs: of each pass the difference, and the bit that it tells."""
     from private.engine import Engine
@@ -91,9 +99,10 @@ def party(rank, addresses):
                 engine.wraps = wraps.begin(op, engine)
                 globals()[function](op, engine, value)
                 bit = engine.reveal(wraps.settle(op, engine))
-                more = engine.hold(shares.without_low_bits(wraps.difference(op, engine), 32),
-                                   bits=32)
-                more = engine.reveal(more)
+                more = np.zeros((1, 1), np.uint64)
+                if engine.wraps.left:
+                    more = wraps.difference(op, engine)
+                more = engine.reveal(engine.hold(shares.without_low_bits(more, 32), bits=32))
                 if bit is not None:
                     found.append((wrapping, function, int(more.item()), bool(bit.item())))
     tell(engine, found)
@@ -102,7 +111,8 @@ def party(rank, addresses):
 def test_a_pass_tells_whether_a_number_left_its_range():
     """
     Numbers at the limit that an export leaves and beyond it, of either half of a pair, of rows by a
-    matrix, of logits and of quotients; the client hears a bit, and the server nothing.
+    matrix, of logits and of quotients, and rows of LayerNorm; the client hears a bit, and the
+    server nothing.
     """
     told, none = told_by_two_parties(__file__)
     assert none == []
