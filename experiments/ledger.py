@@ -100,8 +100,6 @@ def measure(what, form, exact, function, *secrets, times=1, fraction=0, steps=Fa
         found = engine.op(what, function, *secrets, **static)
     if fraction and found.ring.bits == 64:  # what is revealed of an int32 has 32 bits
         found, fraction = engine.hold(engine.numbers(found), dtype=np.float32), fraction - FRACTION
-    if found.dtype == np.float32:  # which is revealed as if it had the engine's own
-        fraction += found.fraction - FRACTION
     got = engine.reveal(found)
     if rank == CLIENT:
         got = got / 2.0**fraction

@@ -108,7 +108,8 @@ def outcome(run):
             "loss": {str(step): evals[step]["val_ce"] for step in (0, early, steps)
                      if step in evals},
             "val_ppl": log[-1].get("val_ppl"),
-            "pretraining_val_ppl": before[-1].get("val_ppl") if before else None, "parameters": log[-1]["parameters"],
+            "pretraining_val_ppl": before[-1].get("val_ppl") if before else None,
+            "parameters": log[-1]["parameters"],
             "entropy_by_layer": log[-1]["entropy_by_layer"], "torch": log[-1]["torch"],
             "machine": log[-1]["machine"], "data_sha256": log[-1]["data_sha256"],
             "command": " ".join(["python", *map(str, command(run))])}

@@ -189,7 +189,10 @@ class Engine:
         if self.rank != CLIENT:
             return self.send(CLIENT, share)
         others = [self.receive(rank) for rank in range(1, self.size)]
-        return secret.ring.io.reconstruct([share, *others])
+        value = secret.ring.io.reconstruct([share, *others])
+        if secret.dtype == np.float32:  # which SPU takes to have the engine's fraction bits
+            value = value / np.float32(2.0 ** (secret.fraction - FRACTION))
+        return value
 
     def run(self, executable, runtime):
         """Run what was compiled. Returns its cost, see .costs."""

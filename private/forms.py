@@ -19,8 +19,8 @@ from private.further import next_mix, next_scores
 from private.nonlinear import (CIPHERTEXT, FACTOR, GELU_FAR, GELU_NEAR, LOGIT_UNIT, ROWS,
                                SECURE, causal_row_max, centred, gelu_terms, of_unit_variance,
                                secure_exponentials, secure_row_exponentials, variances)
-from private.shares import (CLIENT, FRACTION, HALF, apart, dropped, of_fraction, paired, scaled,
-                            signed, without, without_low_bits)
+from private.shares import (CLIENT, FRACTION, HALF, apart, dropped, kept, of_fraction, paired,
+                            scaled, signed, without, without_low_bits)
 
 # ------------------------------------------------------------------- exp(-x) of a sum of two shares
 # Logits below their row's largest are counted in steps, so many of them down to the clip: STEPS, or
@@ -238,16 +238,15 @@ def among_zeros(e, T):
 
 def divide_form(op, engine, y, e, reciprocal, most, bits=None):
     """
-    block.divide() -> (T, d), of 18 fraction bits; y (H, T, d_k), integers of its fraction bits.
-    bits: of y and of 1 / sum, where they are multiplied in pairs.
+    block.divide() -> (T, d); y (H, T, d_k), integers of its fraction bits. bits: of y and of 1 /
+    sum, where they are multiplied in pairs.
     """
     r = over_row_sums(op, engine, e, reciprocal, most)                        # (H, T, 1)
     if bits:
-        quotient = quotient_in_pairs(op, engine, y, r, bits)
-    else:
-        short = dropped(op, engine, engine.numbers(y), y.fraction - Y_BITS)
-        quotient = whole_quotient(op, engine, short, r)
-    return engine.hold(join_heads(quotient), dtype=np.float32)
+        quotient = join_heads(quotient_in_pairs(op, engine, y, r, bits))
+        return engine.hold(quotient, dtype=np.float32, fraction=kept(bits))
+    short = dropped(op, engine, engine.numbers(y), y.fraction - Y_BITS)
+    return engine.hold(join_heads(whole_quotient(op, engine, short, r)), dtype=np.float32)
 
 
 def divide_row_form(op, engine, y, e, reciprocal, most):
@@ -271,16 +270,20 @@ def whole_quotient(op, engine, y, r):
 
 
 def quotient_in_pairs(op, engine, y, r, bits):
-    """The same of a secret y, a column and the one d_k / 2 behind it in one. Price: 123 bytes."""
+    """
+    The same of a secret y, a column and the one d_k / 2 behind it in one, of kept() bits. Price:
+    123 bytes.
+    """
     d_k, half = y.shape[-1], -(-y.shape[-1] // 2)
     share = np.pad(engine.numbers(y), ((0, 0), (0, 0), (0, 2 * half - d_k)))
     halves = without(op, engine, share[..., :half], share[..., half:], y.fraction - bits[0])
     r = dropped(op, engine, engine.numbers(r), FRACTION - bits[1])            # (H, T, 1)
     pairs = op(jnp.multiply, engine.hold(paired(*halves)), engine.hold(r))
-    quotient = apart(op, engine, engine.numbers(pairs), sum(bits) - FRACTION, axis=2)
+    fewer = sum(bits) - kept(bits)
+    quotient = apart(op, engine, engine.numbers(pairs), fewer, axis=2)
     if engine.wraps:
         rows = (a[:, :, None] for a in (r, np.concatenate(halves, 2), quotient))
-        engine.wraps.note(*rows, sum(bits) - FRACTION)
+        engine.wraps.note(*rows, fewer)
     return quotient[..., :d_k]                                                # (H, T, d_k)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from private.ahead import around
 from private.block import linear
-from private.shares import FRACTION, HALF, apart, of_fraction, paired, without
+from private.shares import FRACTION, apart, kept, paired, without
 
 
 class Paired:
@@ -29,23 +29,20 @@ class Paired:
 
 
 def linear_in_pairs(op, engine, x, W, b=None):
-    """
-    linear(). Of the fraction bits that the product has, it keeps those that two truncations leave:
-    what takes fewer drops the rest.
-    """
-    x = engine.numbers(of_fraction(op, engine, x))
-    rows, half = len(x), -(-len(x) // 2)
-    x = np.pad(x, ((0, 2 * half - rows), (0, 0)))
-    halves = without(op, engine, x[:half], x[half:], FRACTION - W.bits[0])
+    """linear(), of as many fraction bits as kept() says: what takes fewer drops the rest."""
+    share, rows, half = engine.numbers(x), x.shape[0], -(-x.shape[0] // 2)
+    share = np.pad(share, ((0, 2 * half - rows), (0, 0)))
+    halves = without(op, engine, share[:half], share[half:], x.fraction - W.bits[0])
     y = engine.numbers(op(linear, engine.hold(paired(*halves)), W.secret))
-    kept = max(FRACTION, HALF + sum(W.bits) - 2 * FRACTION)
-    y = apart(op, engine, y, sum(W.bits) - kept, axis=0)
+    fraction = kept(W.bits)
+    y = apart(op, engine, y, sum(W.bits) - fraction, axis=0)
     if engine.wraps:
-        engine.wraps.note(np.concatenate(halves), engine.numbers(W.secret), y, sum(W.bits) - kept)
+        engine.wraps.note(np.concatenate(halves), engine.numbers(W.secret), y,
+                          sum(W.bits) - fraction)
     y = y[:rows]
     if b is not None:
-        y = y + (engine.numbers(b) << np.uint64(kept - FRACTION))
-    return engine.hold(y, dtype=np.float32, fraction=kept)
+        y = y + (engine.numbers(b) << np.uint64(fraction - FRACTION))
+    return engine.hold(y, dtype=np.float32, fraction=fraction)
 
 
 Paired.forms = around(linear_in_pairs)  # where one is among their values

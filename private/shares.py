@@ -180,6 +180,14 @@ def paired(a, b):
     return a + (b << np.uint64(HALF))
 
 
+def kept(bits):
+    """
+    The fraction bits in which a product in pairs is read, of factors of these: those that two
+    truncations leave, or the engine's if they are more.
+    """
+    return max(FRACTION, HALF + sum(bits) - 2 * FRACTION)
+
+
 def apart(op, engine, share, bits, axis):
     """
     A share of a and b without so many low bits, side by side along an axis, from a share of

@@ -21,7 +21,7 @@ LARGEST = 2.0**(30 - X_BITS - W_BITS)  # of X W
 LOGIT_BITS = 10, 10
 QKV = rng.normal(size=(T, 3 * H * d_k))
 LARGEST_LOGIT = 2.0**(28 - sum(LOGIT_BITS)) / FACTOR  # that an export may have seen
-DIVIDE_BITS = 15, 13
+MEANS = {(15, 13): 3.9, (18, 16): 0.06}  # bits of sums and of 1 / T, and a size near their limit
 
 
 def with_product(row, column, size):
@@ -43,12 +43,13 @@ def with_logit(row, key, size):
 WRAPPING = {  # of whether a pass wraps: what is multiplied, by name of the function below
     False: {"rows": [X, with_product(1, 3, LARGEST / 1.2), with_product(T - 1, 0, -LARGEST / 1.2)],
             "logits": [QKV, with_logit(20, 3, LARGEST_LOGIT), with_logit(22, 22, -LARGEST_LOGIT)],
-            "quotients": [2.0, 3.9], "layer_norm": [1.0, 60.0]},
+            "quotients": [(bits, size) for bits, size in MEANS.items()], "layer_norm": [1.0, 60.0]},
     True: {"rows": [with_product(1, 3, 3.1 * LARGEST), with_product(T - 1, 0, -3.1 * LARGEST),
                     with_product(T - 2, 0, 1000 * LARGEST), 5 * X * LARGEST],
            "logits": [with_logit(20, 3, 9 * LARGEST_LOGIT), with_logit(0, 22, -9 * LARGEST_LOGIT),
                       with_logit(5, 14, 300 * LARGEST_LOGIT), 100 * QKV],
-           "quotients": [13.0, 200.0], "layer_norm": [70.0, 2000.0]},
+           "quotients": [(bits, n * size) for bits, size in MEANS.items() for n in (3.3, 50)],
+           "layer_norm": [70.0, 2000.0]},
 }
 
 
@@ -67,16 +68,17 @@ def logits(op, engine, qkv):
     op(scores, engine.hold(qkv, dtype=np.float32), n_head=H, bits=LOGIT_BITS)
 
 
-def quotients(op, engine, size):
-    """One of sums of T weights 1, over T: the values' mean, which is so large at one place."""
+def quotients(op, engine, given):
+    """The means of values, by weights 1 and their sum T; at one place it is so large."""
+    bits, size = given
     from private.block import divide
     from private.forms import E_BITS
-    y = np.ones((H, T, d_k)) * T
+    y = np.full((H, T, d_k), size * T / 4)
     y[1, 5, 6] = -size * T
     y = engine.hold(split(np.rint(y * 2.0**42))[engine.rank])
     y.fraction = 42
     e = engine.hold(split(np.full((H, T, T), 2**E_BITS))[engine.rank])
-    op(divide, y, e, reciprocal=SECURE.reciprocal, most=T, bits=DIVIDE_BITS)
+    op(divide, y, e, reciprocal=SECURE.reciprocal, most=T, bits=bits)
 
 
 def layer_norm(op, engine, size):
