@@ -22,7 +22,7 @@ import numpy as np
 
 from private.block import add_linear, linear, logits, scale_add_linear
 from private.nonlinear import CIPHERTEXT
-from private.shares import CLIENT, FRACTION, SERVER, signed, truncated
+from private.shares import CLIENT, FRACTION, SERVER, of_fraction, signed, truncated
 
 
 class Matrix:
@@ -83,7 +83,8 @@ def masked_product(engine, x, matrix):
 # ---------------------------------------------------------------------------------------- the forms
 def linear_ahead(op, engine, x, W, b=None):
     """linear(), and logits()."""
-    y = truncated(op, engine, masked_product(engine, engine.numbers(x), W))
+    x = engine.numbers(of_fraction(op, engine, x))
+    y = truncated(op, engine, masked_product(engine, x, W))
     return y if b is None else op(jnp.add, y, b)
 
 

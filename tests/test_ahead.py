@@ -41,11 +41,13 @@ def party(rank, addresses):
     x = engine.put(X.shape, CLIENT, X)
     bias = engine.put(b.shape, SERVER, b)
     beta = engine.put((), SERVER, np.array(2.0))
-    A = matrix(W, (4, 9))
+    A = matrix(W, (4, 13))
     first = A.masks[:4].tolist()
     told("linear", "matmul", linear, x, A, bias)
     told("sum", "matmul", add_linear, engine.put((4, m), CLIENT, X[:, :m]), x, A)
     told("scaled", "matmul", scale_add_linear, engine.put((4, m), CLIENT, X[:, :m]), x, beta, A)
+    finer = engine.hold(fixed(X if rank == CLIENT else 0 * X, 25), dtype=np.float32, fraction=25)
+    told("of more bits", "matmul", linear, finer, A)
     told("the engine's", "matmul", linear, x, engine.put(W.shape, SERVER, W), bias)
     seen["left"] = A.left()
     seen["masks differ"] = not set(map(tuple, first)) & set(map(tuple, A.masks.tolist()))
@@ -70,6 +72,7 @@ def test_products_are_those_of_the_matrix(seen):
     assert np.abs(np.array(client["linear"]) - (X @ W + b)).max() < 2e-3
     assert np.abs(np.array(client["sum"]) - (X[:, :m] + X @ W)).max() < 2e-3
     assert np.abs(np.array(client["scaled"]) - (2 * X[:, :m] + X @ W)).max() < 2e-3
+    assert np.abs(np.array(client["of more bits"]) - X @ W).max() < 2e-3
     assert server["linear"] is None
 
 
@@ -82,7 +85,7 @@ def test_a_matrix_of_many_pieces(seen):
 
 def test_each_row_serves_once(seen):
     for party_saw in seen:
-        assert party_saw["left"] == 1  # of 13, 4 in each of three products
+        assert party_saw["left"] == 1  # of 17, 4 in each of four products
         assert "4 rows" in party_saw["refused"]
     assert seen[0]["masks differ"]
 
