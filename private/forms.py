@@ -1,6 +1,6 @@
 """
-What softmax, GELU and ReLU gain under Cheetah by local functions of shares, see shares.py. (And
-LayerNorm in steps.)
+What softmax, GELU and ReLU gain under Cheetah by local functions of shares, see shares.py.
+LayerNorm is here so that its variances can be watched.
 
 FORMS at the end says which functions of block.py and nonlinear.py have a form here: Engine.op()
 takes it in their place. Integers, as dtype int32, are what these hand on, each with the fraction

@@ -22,9 +22,8 @@ from private.plain import plain_block, plain_head
 from private.wraps import begin, settle
 
 
-BEYOND = ("numbers of this prompt go further than the export allows for, and its answer would be "
-          "wrong: products in pairs hold the least, and python pi_export.py --pairs=False makes "
-          "all of them whole")
+BEYOND = ("numbers of this prompt go further than the export allows for, and its answer may be "
+          "wrong: python pi_export.py --pairs=False allows for more, but in LayerNorms")
 
 
 @dataclass
@@ -101,7 +100,7 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     if reveal == "token":
         y = engine.op("argmax", secure_argmax, y)                               # (rows,)
     beyond = None
-    if engine.wraps and (engine.wraps.left or engine.wraps.others):
+    if engine.wraps and (engine.wraps.left or engine.wraps.compared):
         beyond = engine.reveal(engine.by_form(settle, "watch", times=1))
     engine.wraps = None
     result = engine.reveal(y)

@@ -51,7 +51,7 @@ def check_range(c, arrays, text=None):
     Raises ValueError, naming layer, figure and cure, if the engine would garble the model, and
     warns on stderr if it may. Certain for all text: every weight is a number that the engine holds.
     Tried on contexts of the text, of random tokens, of the largest and smallest embeddings, and on
-    a short prompt, and so not certain for others: products stay below 2^26, rows within LayerNorm's
+    short prompts, and so not certain for others: products stay below 2^26, rows within LayerNorm's
     range, and rounding to 2^-18 after every step hardly changes the logits. Errors of the forms in
     nonlinear.py don't count.
     """
@@ -130,7 +130,7 @@ def both(a, step=STEP):
 
 
 def contexts(c, wte, text):
-    """T token ids each: of the text, at random, those of extreme embeddings, and a short prompt."""
+    """T token ids each: of the text, at random, those of extreme embeddings, and short prompts."""
     T, V = c.block_size, c.vocab_size
     found = list(np.random.default_rng(0).integers(0, V, (RANDOM, T)))
     by_size = np.argsort(np.linalg.norm(wte, axis=1))
@@ -142,7 +142,7 @@ def contexts(c, wte, text):
             raise ValueError(f"the text has token {text.max()}, outside the vocabulary of {V}")
         starts = np.linspace(0, len(text) - T, TEXT).astype(int)
         found += [text[start:start + T] for start in starts]
-    return [*found, np.where(np.arange(T) < T / 2, found[-1], NO_TOKEN)]
+    return found + [np.where(np.arange(T) < n, found[-1], NO_TOKEN) for n in (1, T // 2)]
 
 
 def follow(watch, c, arrays, contexts):
@@ -220,7 +220,7 @@ def product_of(function, prefix, values, exact):
 def bits_of(product):
     """The fraction bits (first, second) of a Product's factors; None if too few for its demand."""
     total = IN_PAIRS - math.ceil(math.log2(MARGIN * product.reach))
-    if total < 2:
+    if total < 4:  # or dropped() is given more than it holds
         return None
     first = round((total + math.log2(product.first / product.second)) / 2)
     first = min(max(first, 1), FRACTION, total - 1)

@@ -4,7 +4,7 @@ Shares as NumPy arrays, and what a party may do with its own.
 A secret x is two integers, x_0 of the client's and x_1 of the server's, with x_0 + x_1 = x 2^f mod
 2^64, f its fraction bits. Either alone tells nothing of x. So whatever a party computes of its own
 share costs nothing and tells nobody anything; only an op() goes over the link, and what ahead.py
-sends. Three local functions are of use:
+sends, and a seed for wraps.py. Three local functions are of use:
 
 - a linear one with integer coefficients, such as a sum: its value is exactly the sum's. So is
   a + 2^32 b, two numbers in one, which a product by a third multiplies both at once;
@@ -164,9 +164,9 @@ def of_fraction(op, engine, secret):
 # ------------------------------------------------------------------------------ two numbers in one
 def without(op, engine, a, b, bits):
     """
-    Shares of a and b, to be paired, both without so many low bits: of a mod 2^64, of b, which loses
-    up to SPARE of them for nothing, mod 2^44. These are right whatever the shares are, but for the
-    last bit.
+    Shares of a and b, to be paired, both without so many low bits: of a mod 2^64, and of b mod
+    2^44, which is right whatever the shares are, but for the last bit. Price: 3 bytes for every 18
+    bits of a begun; of b nothing up to SPARE, and beyond that the same.
     """
     if bits > SPARE:
         both = dropped(op, engine, np.stack((a, b)), FRACTION)

@@ -7,10 +7,10 @@ r of its rows and s of its columns,
 
     sum over i, j of r_i s_j (X W)_ij  =  (r X) (W s)
 
-To the right are sums that each party makes of its own shares, and one product for each column of X.
-To the left are the numbers as they were read, which is more by 2^32 times the sum of r_i s_j k_ij,
-and by roundings that are far less. Of all products of a pass these differences are added up, and
-one comparison tells.
+The right side is made of sums of each party's own shares, and one product for each column of X. The
+left side is made of the numbers as they were read, so that it is off by 2^32 times the sum of
+r_i s_j k_ij, and by roundings, which are far less. The differences of all products of a pass are
+added up, and one comparison tells.
 
 The factors are odd numbers of either sign, drawn anew for each pass, and no secret. So a single
 wrap is always seen. Several may cancel each other, with a likelihood of 1 in 16 at most: whatever
@@ -18,7 +18,7 @@ the other factors are, one of 32 of a row's does it at most, and one of 32 of a 
 
 The variances of LayerNorms' rows are compared as well.
 
-Price: 5 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
+Price: 7 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
 64 bits anyway.
 """
 import math
@@ -30,10 +30,9 @@ from private.nonlinear import LARGEST
 from private.shares import CLIENT, FRACTION, HALF, SPARE, truncated, without_low_bits
 
 MOST = 31  # of the factors
-UNIT = 31 + SPARE            # a wrap is 2^UNIT, or twice that; of b what is below 2^SPARE
-LIMIT = 2 ** (UNIT - 1 - HALF)  # is known, and roundings lie far below half of it
-VARIANCE_BITS = round(math.log2(LARGEST * 2.0**FRACTION / LIMIT))  # that make LARGEST the LIMIT
-TOGETHER = 2  # rows of logits that are read as one, their sum or difference
+# All sums are taken times 2^SPARE, so that what b lacks above 2^44 vanishes mod 2^64.
+LIMIT = 2 ** (SPARE - 1)  # half a wrap, of what is then left without HALF low bits
+VARIANCE_BITS = round(math.log2(LARGEST * 2.0**FRACTION / LIMIT))  # without which LARGEST is LIMIT
 
 
 class Wraps:
@@ -43,7 +42,7 @@ class Wraps:
         self.random = np.random.Philox(key=seed)
         self.left, self.right = [], []  # this party's shares of all r X and of all W s
         self.read = np.zeros(1, np.uint64)  # and of the sums as they were read, times 2^SPARE
-        self.others = []  # and mod 2^32 of other numbers that must stay below LIMIT
+        self.compared = []  # and, mod 2^32, of other numbers that must stay below LIMIT
 
     def factors(self, *shape):
         drawn = self.random.random_raw(int(np.prod(shape))).reshape(shape) % np.uint64(MOST + 1)
@@ -55,34 +54,27 @@ class Wraps:
         (..., R, C) of what was read, bits bits less than X W.
         """
         r, s = self.factors(*X.shape[:-1]), self.factors(*W.shape[:-2], W.shape[-1])
-        self.enter(r, X, W, s, (r * (read @ s[..., None])[..., 0]).sum(), bits)
+        self.left.append((r[..., None, :] @ X).ravel())
+        self.right.append((W @ s[..., None]).ravel())
+        total = (r * (read @ s[..., None])[..., 0]).sum()
+        self.read += total << np.uint64(SPARE + bits)
 
     def note_logits(self, op, engine, q, k, pairs):
         """
-        The same of q (H, T, d_k), k (H, n, d_k) and their products (H, T, n / 2), two keys in one,
-        which are to be read mod 2^32 as they are. Rows are read by twos, mod 2^31.
+        The same of logits, of q (H, T, d_k) and k (H, n, d_k), two keys in one: pairs (H, T, n/2).
+        As each party just takes half of its share for either, which tells nothing, these are
+        truncated here as well. Of the first rows all of the second half's keys are future.
         """
-        H, T, _ = q.shape
-        r = self.factors(H, -(-T // TOGETHER)).repeat(TOGETHER, axis=1)[:, :T]          # (H, T)
-        sign = self.factors(H, T) & np.uint64(2**63)
-        sign = np.where(sign != 0, np.uint64(2**64 - 1), np.uint64(1))                  # 1 or -1
-        rows = np.pad(sign[..., None] * pairs, ((0, 0), (0, -T % TOGETHER), (0, 0)))
-        sums = rows.reshape(H, -1, TOGETHER, rows.shape[-1]).sum(2)                     # two rows
-        up = np.uint64(HALF + 1), np.uint64(1)
-        both = np.concatenate((sums << up[0], sums << up[1]), 2)                        # (.., n)
-        read = engine.numbers(truncated(op, engine, both))
-        s = self.factors(H, k.shape[1])
-        total = (r[:, ::TOGETHER] * (read @ s[..., None])[..., 0]).sum()
-        self.enter(r * sign, q, k.swapaxes(1, 2), s, total, FRACTION - HALF - 1)
+        T, half = pairs.shape[1:]
+        both = np.concatenate((pairs << np.uint64(HALF), pairs[:, half:]), 1)
+        read = engine.numbers(truncated(op, engine, both))                        # (H, .., n/2)
+        first, second = k[:, :half].swapaxes(1, 2), k[:, half:].swapaxes(1, 2)    # (H, d_k, n/2)
+        self.note(q, first, read[:, :T], FRACTION - HALF)
+        self.note(q[:, half:], second, read[:, T:], FRACTION - HALF)
 
     def note_variances(self, share):
         """This party's share of what enters a LayerNorm's reciprocal root."""
-        self.others.append(without_low_bits(share, VARIANCE_BITS))
-
-    def enter(self, r, X, W, s, total, bits):
-        self.left.append((r[..., None, :] @ X).ravel())
-        self.right.append((W @ s[..., None]).ravel())
-        self.read += total << np.uint64(SPARE + bits)
+        self.compared.append(without_low_bits(share, VARIANCE_BITS))
 
 
 def row_by_column(a, b):
@@ -94,7 +86,7 @@ def any_beyond(x):
 
 
 def begin(op, engine):
-    """The Wraps of a pass, from a seed that the client sends."""
+    """The Wraps of a pass, from a seed that the client sends. The server's own is not used."""
     seed = np.frombuffer(os.urandom(16), np.uint64)
     heard = engine.to_server(seed)
     return Wraps(seed if engine.rank == CLIENT else heard)
@@ -110,7 +102,7 @@ def difference(op, engine):
 
 def settle(op, engine):
     """The secret bit, (): whether a number of the pass left its range."""
-    numbers = [*engine.wraps.others]
+    numbers = [*engine.wraps.compared]
     if engine.wraps.left:
         numbers.append(without_low_bits(difference(op, engine), HALF)[0])
     return op(any_beyond, engine.hold(np.concatenate(numbers), bits=32))

@@ -16,39 +16,44 @@ H, T, d_k, d = 2, 23, 8, 16
 rng = np.random.default_rng(0)
 X_BITS, W_BITS = 11, 13
 X = rng.integers(-2**10, 2**10, (T, d)) / 2.0**10
-W = rng.integers(-2**13, 2**13, (d, 20)) / 2.0**13
-LARGEST = 2.0**(30 - X_BITS - W_BITS)  # of X W
+W = rng.integers(-2**13, 2**13, (d, 12)) / 2.0**13
+LIMIT = 2.0**30  # of what a product in pairs holds for certain
+SUM = LIMIT / 2**(X_BITS + W_BITS)
 LOGIT_BITS = 10, 10
+LOGIT = LIMIT / 2**sum(LOGIT_BITS) / FACTOR
 QKV = rng.normal(size=(T, 3 * H * d_k))
-LARGEST_LOGIT = 2.0**(28 - sum(LOGIT_BITS)) / FACTOR  # that an export may have seen
-MEANS = {(15, 13): 3.9, (18, 16): 0.06}  # bits of sums and of 1 / T, and a size near their limit
+MEANS = {bits: LIMIT / 2**sum(bits) for bits in ((15, 13), (18, 16))}  # bits of sums and of 1 / T
 
 
-def with_product(row, column, size):
-    """X of which one number of X W is so large."""
+def with_sum(row, column, size):
+    """X of which one number of X W is so large, and the others of its row are 0."""
     changed = X.copy()
-    changed[row] = W[:, column] * size / (W[:, column] @ W[:, column])
+    changed[row] = size * np.linalg.pinv(W)[column]
     return changed
 
 
-def with_logit(row, key, size):
-    """QKV of which that row's logits of head 1 are so large at most, all keys' included."""
+def with_logits(rows, key, size):
+    """QKV of which these rows' logits by one key are so large in head 1, whose others are 0."""
     q, k = (np.s_[part * H * d_k + d_k:part * H * d_k + 2 * d_k] for part in (0, 1))
     changed = QKV.copy()
-    changed[row, q] = QKV[key, k] * size / np.abs(QKV[:, k] @ QKV[key, k]).max()
+    changed[:, k] = 0
+    changed[key, k] = QKV[key, k]
+    changed[rows, q] = QKV[key, k] * size / (QKV[key, k] @ QKV[key, k])
     return changed
 
 
 # From 1 to 3 times the limit a truncation now and then reads a number rightly in spite of all.
 WRAPPING = {  # of whether a pass wraps: what is multiplied, by name of the function below
-    False: {"rows": [X, with_product(1, 3, LARGEST / 1.2), with_product(T - 1, 0, -LARGEST / 1.2)],
-            "logits": [QKV, with_logit(20, 3, LARGEST_LOGIT), with_logit(22, 22, -LARGEST_LOGIT)],
-            "quotients": [(bits, size) for bits, size in MEANS.items()], "layer_norm": [1.0, 60.0]},
-    True: {"rows": [with_product(1, 3, 3.1 * LARGEST), with_product(T - 1, 0, -3.1 * LARGEST),
-                    with_product(T - 2, 0, 1000 * LARGEST), 5 * X * LARGEST],
-           "logits": [with_logit(20, 3, 9 * LARGEST_LOGIT), with_logit(0, 22, -9 * LARGEST_LOGIT),
-                      with_logit(5, 14, 300 * LARGEST_LOGIT), 100 * QKV],
-           "quotients": [(bits, n * size) for bits, size in MEANS.items() for n in (3.3, 50)],
+    False: {"rows": [X, with_sum(1, 3, 0.99 * SUM), with_sum(T - 1, 0, -0.99 * SUM)],
+            "logits": [QKV, with_logits(20, 3, 0.99 * LOGIT), with_logits([4, 5], 1, 0.99 * LOGIT),
+                       with_logits(22, 22, -0.99 * LOGIT), with_logits(5, 14, 9 * LOGIT)],
+            "quotients": [(bits, 0.99 * size) for bits, size in MEANS.items()],
+            "layer_norm": [1.0, 60.0]},
+    True: {"rows": [with_sum(1, 3, 3.2 * SUM), with_sum(T - 1, 0, -3.2 * SUM),
+                    with_sum(T - 2, 0, 1000 * SUM), 50 * X * SUM],
+           "logits": [with_logits(20, 3, 3.2 * LOGIT), with_logits([4, 5], 1, 3.2 * LOGIT),
+                      with_logits(22, 22, -3.2 * LOGIT), 100 * QKV],
+           "quotients": [(bits, n * size) for bits, size in MEANS.items() for n in (3.2, 50)],
            "layer_norm": [70.0, 2000.0]},
 }
 
@@ -112,16 +117,16 @@ def party(rank, addresses):
 
 def test_a_pass_tells_whether_a_number_left_its_range():
     """
-    Numbers at the limit that an export leaves and beyond it, of either half of a pair, of rows by a
-    matrix, of logits and of quotients, and rows of LayerNorm; the client hears a bit, and the
-    server nothing.
+    Numbers at the limit and beyond it, of either half of a pair, of rows by a matrix, of logits and
+    of quotients, and rows of LayerNorm; and a logit of the future, which is not read. The client
+    hears a bit, and the server nothing.
     """
     told, none = told_by_two_parties(__file__)
     assert none == []
     assert len(told) == sum(map(len, (*WRAPPING[False].values(), *WRAPPING[True].values())))
     for wrapping, function, more, bit in told:
         assert bit == wrapping, (function, more)
-        assert wrapping or abs(more) < wraps.LIMIT / 4
+        assert wrapping or abs(more) < wraps.LIMIT / 100
 
 
 def test_several_wraps_seldom_cancel_each_other():
@@ -131,7 +136,7 @@ def test_several_wraps_seldom_cancel_each_other():
         r, s = seen.factors(10_000, 3).view(np.int64), seen.factors(10_000, 5).view(np.int64)
         assert set(np.abs(r).ravel()) == set(range(1, 32, 2))
         total = sum(r[:, i] * s[:, j] * k for k, (i, j) in zip((1, -1, -1, 1), places))
-        assert (total % 2**12 == 0).mean() < 1 / 16
+        assert (total % 2**12 == 0).mean() < 1 / 16 + 0.01
 
 
 if __name__ == "__main__":
