@@ -18,7 +18,7 @@ the other factors are, one of 32 of a row's does it at most, and one of 32 of a 
 
 The variances of LayerNorms' rows are compared as well.
 
-Price: 7 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
+Price: 8 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
 64 bits anyway.
 """
 import math
