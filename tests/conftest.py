@@ -59,15 +59,15 @@ def refusals(script, tries):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def told_by_two_parties(script):
+def told_by_two_parties(script, *arguments):
     """
-    What `python script RANK ADDRESS ADDRESS` says of the client and of the server, a line of JSON
-    each; each is killed when both have said theirs.
+    What `python script RANK ADDRESS ADDRESS arguments` says of the client and of the server, a line
+    of JSON each; each is killed when both have said theirs.
     """
     from private.meet import free_addresses
     addresses = free_addresses(2)
-    parties = [subprocess.Popen([sys.executable, script, str(rank), *addresses], cwd=ROOT,
-                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    parties = [subprocess.Popen([sys.executable, script, str(rank), *addresses, *arguments],
+                                cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
                for rank in (0, 1)]
     try:
         return [json.loads(p.stdout.readline()) for p in parties]
@@ -81,6 +81,18 @@ def tell(engine, seen):
     print(json.dumps(seen), file=engine.terminal, flush=True)
     sys.stdin.read()
     os._exit(0)
+
+
+@pytest.fixture(scope="session")
+def saw(request):
+    """
+    {test module: what its party(engine) returned to the client and to the server}, of all modules
+    whose tests are run and ask for this: on one engine, whose set-up takes seconds.
+    """
+    names = sorted({item.module.__name__ for item in request.session.items
+                    if "saw" in item.fixturenames})
+    client, server = told_by_two_parties(ROOT / "tests" / "parties.py", *names)
+    return {name: (client[name], server[name]) for name in names}
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,6 @@
 """ahead.py between two real parties: products by a matrix, of rows that come after them."""
-import sys
-
 import numpy as np
 import pytest
-from conftest import tell, told_by_two_parties
 
 pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 
@@ -17,13 +14,12 @@ X = 100 * rng.normal(size=(4, n))
 WIDE = rng.integers(-99, 99, (2, CIPHERTEXT + 3)).astype(np.float64)  # of more than one piece
 
 
-def party(rank, addresses):
-    """What either party runs: prints what it saw."""
+def party(engine):
+    """What either party runs: what it saw."""
     from private.ahead import Matrix, fixed
     from private.block import add_linear, linear, scale_add_linear
-    from private.engine import CLIENT, SERVER, Engine
-    engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
-    seen = {}
+    from private.engine import CLIENT, SERVER
+    seen, rank = {}, engine.rank
 
     def matrix(values, rows):
         made = Matrix(values.shape, fixed(values) if rank == SERVER else None)
@@ -58,13 +54,13 @@ def party(rank, addresses):
     told("wide", "matmul", linear, engine.put((1, 2), CLIENT, X[:1, :2]), matrix(WIDE, (1,)))
     told("tall", "matmul", linear, engine.put((1, CIPHERTEXT + 3), CLIENT, WIDE[:1] / 64),
          matrix(WIDE.T, (1,)))
-    tell(engine, seen)
+    return seen
 
 
-@pytest.fixture(scope="module")
-def seen():
+@pytest.fixture
+def seen(saw):
     """What the client and the server saw."""
-    return told_by_two_parties(__file__)
+    return saw[__name__]
 
 
 def test_products_are_those_of_the_matrix(seen):
@@ -96,7 +92,3 @@ def test_what_goes_over_is_eight_bytes_a_number_and_a_truncation(seen):
         assert X.size * 8 < sent <= X.size * 8 + truncation
         assert sent < party_saw["the engine's, cost"][0] / 10
         assert messages and seconds > 0
-
-
-if __name__ == "__main__":
-    party(int(sys.argv[1]), sys.argv[2:])

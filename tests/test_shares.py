@@ -1,10 +1,8 @@
 """Shares drawn at random: identities, and forms.py's and pairs.py's forms of two real parties."""
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import tell, told_by_two_parties
 
 pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
 
@@ -121,12 +119,10 @@ def steps_of(op, qkv, f, bits=()):
     return op("softmax", divide, y, e, reciprocal=f.reciprocal, most=T, bits=bits.divide)
 
 
-def party(rank, addresses):
-    """What either party runs: prints what came out for small logits, huge ones, activations."""
-    from private.engine import Engine
+def party(engine):
+    """What either party runs: what came out for small logits, huge ones, activations."""
     from private.nonlinear import SECURE
-    engine = Engine(rank, addresses, "cheetah", timeout=60, connect_timeout=60)
-    results = []
+    results, rank = [], engine.rank
     for rows, scale, bits, fraction in CASES:
         share = split(np.rint(qkv_of(rows, scale) * 2.0**fraction), seed=3)[rank]
         qkv = engine.hold(share, dtype=np.float32, fraction=fraction)
@@ -142,7 +138,7 @@ def party(rank, addresses):
                   hidden_rows(op, engine), rows_in_pairs(op, engine)):
         found = engine.reveal(found)
         results.append(None if found is None else found.tolist())
-    tell(engine, [results, costs])
+    return results, costs
 
 
 def pairs(op, engine):
@@ -178,10 +174,10 @@ def qkv_of(rows, scale):
     return QKV[:rows] * np.repeat((scale, 1.0, 1.0), H * d_k)
 
 
-@pytest.fixture(scope="module")
-def seen():
+@pytest.fixture
+def seen(saw):
     """What the client and the server saw: (results, costs) of either."""
-    return told_by_two_parties(__file__)
+    return saw[__name__]
 
 
 def test_the_softmax_of_two_parties(seen):
@@ -230,7 +226,3 @@ def test_the_parts_of_a_form_are_entered_under_its_kind(seen):
     for _, costs in seen:
         assert {kind for kind, _ in costs} == {"matmul", "softmax", "relu", "gelu"}
         assert all(cost[2] >= 0 for _, cost in costs)
-
-
-if __name__ == "__main__":
-    party(int(sys.argv[1]), sys.argv[2:])
