@@ -163,7 +163,7 @@ def test_architectures(protocol, archs, network, layers, tmp_path):
 
 def test_heads_that_average_or_attend_by_position_need_no_softmax(tmp_path):
     """Three of four layers: the logits of the clear by one softmax in four, for a prompt of 5."""
-    (r,), _ = results_of(tmp_path, "--archs=sm_t_scfuffn", "--protocol=cheetah", *TINY,
+    (r,), _ = results_of(tmp_path, "--archs=sm_t_scfuffn", "--protocol=semi2k", *TINY,
                          "--n_layer=4", "--uniform_layers=2", "--positional_layers=1",
                          "--prompt_ids=7,3,99,42,7")
     assert r["arch"] == "SM(t)+ScFuFFN, 2 uniform layers, 1 positional layer"
@@ -282,7 +282,7 @@ def test_only_the_token_is_revealed(exported, certificates):
     compare. On a slow, encrypted link.
     """
     folder, model = exported
-    out = run("bench_spu.py", f"--ckpt={folder / 'ckpt.pt'}", "--reveal=token",
+    out = run("bench_spu.py", f"--ckpt={folder / 'ckpt.pt'}", "--reveal=token", "--protocol=semi2k",
               f"--prompt={PROMPT}", "--network=lan", f"--tls={certificates / 'client'}")
     assert f"next token: {next_logits(model, PROMPT).argmax()} " in out
     assert "argmax" in out
