@@ -53,7 +53,8 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
 
     Returns (result, costs). result, None but on the client: the logits (V,) of the last position,
     or its most likely token, or with every_row the logits (T, V). costs: Engine.costs, of this
-    pass. told(stage, costs) is called after each stage.
+    pass. told(stage, costs) is called after each stage. ValueError on the client if a number left
+    its range, see wraps.py.
     """
     c = GPTConfig(**public["config"])
     T, L = padded_to or c.block_size, c.n_layer
