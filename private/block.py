@@ -31,6 +31,7 @@ class Bits(NamedTuple):
 
 WHOLE = Bits()
 
+
 class Row(NamedTuple):
     """The last row of a prompt: the client's secrets, or arrays in the clear."""
     last: Any    # (1, T), 1 at that row and 0 elsewhere

@@ -21,7 +21,6 @@ from private.pairs import Paired
 from private.plain import plain_block, plain_head
 from private.wraps import begin, settle
 
-
 BEYOND = ("numbers of this prompt go further than the export allows for, and its answer may be "
           "wrong: python pi_export.py --pairs=False allows for more, but in LayerNorms")
 

@@ -127,6 +127,7 @@ def variances(y):
 
 
 def of_unit_variance(y, variance, unit):
+    """The rows of y (T, d), of these variances (T,), scaled to a standard deviation of 1."""
     diagonal, d = np.eye(len(y), dtype=bool), y.shape[-1]
     epsilon = max(EPSILON * (CENTRE / unit) ** 2, SMALLEST)
     r = math.sqrt(d) * jax.lax.rsqrt(variance + epsilon)      # (T,)
