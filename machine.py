@@ -36,14 +36,17 @@ def bf16_is_faster(rows, d):
     """
     (whether products of these shapes are faster in bfloat16 on this CPU, a sentence with both
     speeds). It is measured, as on some processors bf16 instructions are slower than float32's: in
-    turn, and the best of each, as others use the machine too. Processes that train together take
-    the first one's answer.
+    turn, and the best of each, as others use the machine too. On a CPU without such instructions a
+    product may take seconds, so that two turns are enough; the first has oneDNN's set-up in it.
+    Processes that train together take the first one's answer.
     """
-    rows, d = min(rows, 2048), min(d, 512)  # larger ones are as fast, and take long
+    rows, d = min(rows, 512), min(d, 512)  # larger ones are as fast, and take long
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(10):
+    for turn in range(10):
         for dtype in best:
             best[dtype] = min(best[dtype], matmul_seconds(dtype, rows, d))
+        if turn and best[torch.bfloat16] > 10 * best[torch.float32]:
+            break
     wide, narrow = (2 * rows * d * 4 * d / seconds / 1e12 for seconds in best.values())
     answer = [narrow > wide, f"{wide:.2f} TFLOP/s in float32, {narrow:.2f} in bf16"]
     if dist.is_initialized():

@@ -90,7 +90,7 @@ def read_tokens(path, encoding, vocab_size):
     if not os.path.isfile(os.path.expanduser(path)):
         raise FileNotFoundError(f"no text file {path!r}: name one by --text=FILE")
     try:
-        content = Path(path).expanduser().read_text(encoding="utf-8")
+        content = Path(path).expanduser().read_bytes().decode()  # with its line ends as they are
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is no text in UTF-8: {e}") from e
     [ids] = encode_batch(encoding, [content], 1)
@@ -123,9 +123,10 @@ def check_tokenizer(name, source, spec, vocab_size):
                          "data/prepare.py with that model's tokenizer, --tokenizer=gpt2 for GPT-2")
 
 
-def restore(checkpoint, model, optimizer, regularizer):
+def restore(checkpoint, model, optimizer, regularizer, scaler):
     """
-    Model, optimizer, regularizer (None: none) and random numbers as the checkpoint has them.
+    Model, optimizer, regularizer (None: none), float16's scale of the loss and random numbers as
+    the checkpoint has them.
     Returns the steps done. Raises whatever a damaged file makes torch raise.
     """
     done = checkpoint["step"]
@@ -135,6 +136,8 @@ def restore(checkpoint, model, optimizer, regularizer):
     if regularizer:
         load(regularizer, checkpoint["regularizer"])
     torch.set_rng_state(checkpoint["rng"])
+    if checkpoint.get("scaler"):  # empty but in float16
+        scaler.load_state_dict(checkpoint["scaler"])
     options = optimizer.state_dict()["param_groups"]  # the command line may have changed some
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: {key: shard_as(tensor, parameters[i]) for key, tensor in kept.items()}

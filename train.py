@@ -5,7 +5,7 @@ Train a GPT of "Entropy-Guided Attention for Private LLMs" on CUDA, MPS or CPU.
     python train.py config/sm_scfuffn.py                   # softmax only: no LayerNorm, no GELU
     python train.py config/ereg_sm_t_scfuffn.py config/on_codeparrot.py --out_dir=out/ereg
     python train.py --init_from=resume                     # go on from out/ckpt.pt, as it was
-    python train.py --init_from=gpt2 --use_gelu=False      # fine-tune GPT-2, less its GELU
+    python train.py --init_from=gpt2 --use_gelu=False --dataset=mine --block_size=128  # fine-tuned
     torchrun --nproc_per_node=2 train.py --grad_accum=2    # 2 processes, 1 of the 2 passes each;
                                                            # --fsdp=yes: half of the model each
 
@@ -32,7 +32,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from data.prepare import open_dataset
+from data.dataset import open_dataset
 from distributed import add_up, clip, gathered, join_processes, share_gradients, spread
 from distributed import wait_for_all
 from draw import draw
@@ -150,12 +150,12 @@ if dataset == "pycode" and not there and rank == 0:
         die("data/prepare.py failed, see above")
 wait_for_all()
 try:
-    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile,
-                                                             batch_size * block_size, n_embd)
-    dtype = str(matmul_dtype).removeprefix("torch.")  # so that a resumed run keeps it
     train_tokens, val_tokens, meta, spec, tokenizer = open_dataset(data_dir, dataset, block_size)
     if trained:
         check_tokenizer(init_from, trained, spec, meta["vocab_size"])
+    device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile,
+                                                             batch_size * block_size, n_embd)
+    dtype = str(matmul_dtype).removeprefix("torch.")  # so that a resumed run keeps it
 except (OSError, ValueError) as e:
     die(e)
 vocab_size = config.vocab_size = vocab_size or meta["vocab_size"]
@@ -163,8 +163,10 @@ largest = max(train_tokens.max(), val_tokens.max())
 if largest >= vocab_size:
     die(f"the dataset has token {largest}, and vocab_size={vocab_size} ends at {vocab_size - 1}: "
         f"leave vocab_size=0, or set it to {meta['vocab_size']} at least")
-if sample_tokens and not tokenizer.encode_ordinary(sample_prompt):
-    die("sample_prompt is empty: give a word, or --sample_tokens=0", 2)
+prompt_ids = tokenizer.encode_ordinary(sample_prompt)
+if sample_tokens and (not prompt_ids or max(prompt_ids) >= vocab_size):
+    die(f"sample_prompt must be a word of tokens below vocab_size={vocab_size}, and is "
+        f"{sample_prompt!r}: give another, or --sample_tokens=0", 2)
 try:
     check_memory(config, batch_size, device, ranks if fsdp == "yes" else 1)
 except ValueError as e:
@@ -234,6 +236,11 @@ if entropy_reg:
 parameters = [p for group in groups for p in group["params"]]
 fused = not device.startswith("mps")
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
+autocast = nullcontext()
+if matmul_dtype != torch.float32:
+    autocast = torch.autocast(torch.device(device).type, matmul_dtype)
+# In float16 small gradients would be 0: the loss is scaled, by less after a step that overflows.
+scaler = torch.amp.GradScaler(torch.device(device).type, enabled=matmul_dtype == torch.float16)
 step = 0  # steps done
 
 if checkpoint:
@@ -241,7 +248,7 @@ if checkpoint:
         die(f"{run.ckpt} was trained on other data than {data_dir}/{dataset} holds now: resuming "
             "needs the same bins")
     try:
-        step = restore(checkpoint, model, optimizer, regularizer)
+        step = restore(checkpoint, model, optimizer, regularizer, scaler)
     except Exception as e:  # torch raises whatever a damaged or hostile file makes it raise
         die(f"{run.ckpt} can't be resumed from ({type(e).__name__}: {e})")
     was = saved.get("max_iters", max_iters)
@@ -255,11 +262,6 @@ if trained:
     except Exception as e:  # as above
         die(f"can't start from {init_from}: {e}")
     trained = None
-autocast = nullcontext()
-if matmul_dtype != torch.float32:
-    autocast = torch.autocast(torch.device(device).type, matmul_dtype)
-# In float16 small gradients would be 0: the loss is scaled, by less after a step that overflows.
-scaler = torch.amp.GradScaler(torch.device(device).type, enabled=matmul_dtype == torch.float16)
 
 
 def lr_at(step):
@@ -327,7 +329,8 @@ def save():
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)  # it may have been moved away since the start
         save_checkpoint(run.ckpt, model, **state, step=step, settings=settings,
-                        rng=torch.get_rng_state(), data_sha256=meta["sha256"], tokenizer=spec)
+                        rng=torch.get_rng_state(), scaler=scaler.state_dict(),
+                        data_sha256=meta["sha256"], tokenizer=spec)
     wait_for_all()
 
 

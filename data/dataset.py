@@ -94,13 +94,17 @@ def how_to_prepare(data_dir, dataset, block_size):
     """The command that makes a dataset that isn't there."""
     where = "" if data_dir == "data" else f" --data_dir={data_dir}"
     corpus = dataset.split("_")[0]
+    if dataset == "pycode":
+        return f"run python data/prepare.py{where}"
+    if dataset.startswith("pycode"):
+        return f"run python data/prepare.py --name={dataset} --vocab_size=TOKENS{where}"
     if corpus not in ("codeparrot", "languini"):
         return ("prepare your own text with "
                 f"python data/prepare.py --name={dataset} --train_source=FOLDER{where}")
-    piece = ""
+    name = "" if dataset == corpus else f" --name={dataset}"
     if dataset.startswith("codeparrot_"):
-        piece = f" --piece={block_size} --name={dataset}"
-    return (f"run python data/prepare.py --corpus={corpus}{piece}{where} on a machine that reaches "
+        name = f" --piece={block_size}{name}"
+    return (f"run python data/prepare.py --corpus={corpus}{name}{where} on a machine that reaches "
             f"the Hugging Face hub, and copy {data_dir}/{dataset} here if that is another one")
 
 

@@ -38,7 +38,7 @@ import shutil
 import signal
 from itertools import islice
 
-from data.dataset import hash_bins, map_bins, open_dataset, write, write_bin  # noqa: F401
+from data.dataset import hash_bins, map_bins, write, write_bin
 from data.sources import digest, python_files, read_source
 from data.tokenizer import convert_tokenizer, load_tokenizer, train_tokenizer
 

@@ -19,12 +19,25 @@ WIDE, NARROW = torch.float32, torch.bfloat16
 ])
 def test_a_cpu_takes_the_faster_type_unless_told(asked, seconds, taken, monkeypatch):
     monkeypatch.setattr(machine, "matmul_seconds", lambda dtype, rows, d: seconds[dtype])
-    device, dtype, compiled, told = machine.choose_machine("cpu", asked, "auto", 1000, 500)
+    device, dtype, compiled, told = machine.choose_machine("cpu", asked, "auto", 500, 500)
     assert (device, dtype, compiled) == ("cpu", taken, False)
-    if asked == "auto":  # of 2 * 1000 * 500 * 2000 FLOPs
-        speeds = {2e-3: "1.00", 3e-3: "0.67"}
+    if asked == "auto":  # of 2 * 500 * 500 * 2000 FLOPs
+        speeds = {2e-3: "0.50", 3e-3: "0.33"}
         assert (f"{speeds[seconds[WIDE]]} TFLOP/s in float32, "
                 f"{speeds[seconds[NARROW]]} in bf16") in told
+
+
+def test_a_type_that_the_cpu_only_emulates_is_not_tried_for_long(monkeypatch):
+    seconds, tried = {WIDE: 3e-3, NARROW: 3.0}, []
+
+    def product(dtype, rows, d):
+        tried.append(dtype)
+        return seconds[dtype]
+    monkeypatch.setattr(machine, "matmul_seconds", product)
+    assert not machine.bf16_is_faster(500, 500)[0] and len(tried) == 4
+    tried.clear()
+    seconds[NARROW] = 4e-3
+    assert not machine.bf16_is_faster(500, 500)[0] and len(tried) == 20
 
 
 def test_it_is_measured_here():
@@ -51,3 +64,7 @@ def test_float16_trains_as_float32_does(data_dir, tmp_path):
     assert [r["ce"] for r in half] == pytest.approx([r["ce"] for r in wide], abs=1e-3)
     norms = [r["grad_norm"] for r in large]
     assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
+    run("train.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'large'}",
+        "--init_from=resume", "--device=cpu", "--max_iters=7")
+    resumed = of_kind("step", tmp_path / "large")[-1]["grad_norm"]
+    assert math.isfinite(resumed)  # the scale is in the checkpoint

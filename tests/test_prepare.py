@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, refusals, run
 
 from data import dataset, prepare
-from data.prepare import load_tokenizer, open_dataset
+from data.dataset import open_dataset
+from data.prepare import load_tokenizer
 from data.sources import read_source
 from data.tokenizer import EOT, GPT2_PATTERN, encode_batch, train_tokenizer
 
