@@ -170,6 +170,8 @@ one_of(globals(), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfl
 within(globals(), tokens=(1, 2**30), rounds=(1, 10**6))
 if device == "auto" and not torch.cuda.is_available():
     device = "cpu"  # Apple's GPU has no peak memory to tell
+if device == "cpu" and not os.path.exists("/proc/self/clear_refs"):
+    die("peak memory is told by Linux or by a CUDA GPU: run bench.py on either", 2)
 try:
     device, matmul_dtype, compiled, machine = choose_machine(device, dtype, compile, tokens,
                                                              n_embd)
@@ -186,7 +188,6 @@ try:
             os.remove(json)
 except OSError as e:
     die(f"json must be a file in a folder that exists: can't write {json}: {e.strerror}", 2)
-torch.set_float32_matmul_precision("high")
 torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 it goes on uncompiled, silently
 peak = matmul_peak()
 not_on_gpu = "" if device == "cuda" else ", not run on a GPU"

@@ -123,7 +123,7 @@ def folded(model):
     c = model.config
     flags = dict(use_layernorm=False, bias=True)
     if activation:
-        flags |= dict(use_gelu=False, use_relu=False)
+        flags |= {f"use_{name}": False for name in c.activations}
     ours = {name: p.clone() for name, p in model.state_dict().items() if ".ln_" not in name}
 
     def after(name, A, b):

@@ -39,7 +39,7 @@ def open_foreign(folder, text, tokenizer="", T=0):
             encoding = PreTrainedTokenizerFast(tokenizer_file=os.path.expanduser(tokenizer))
         else:
             encoding = AutoTokenizer.from_pretrained(tokenizer or folder)
-        content = Path(text).expanduser().read_text(encoding="utf-8")
+        content = Path(text).expanduser().read_bytes().decode()  # with its line ends as they are
         tokens = np.array(encoding(content, add_special_tokens=False)["input_ids"])
     except Exception as e:  # transformers raises whatever a model's files make it raise
         raise ValueError(f"{folder} with {text}: {type(e).__name__}: {e}") from e

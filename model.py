@@ -30,7 +30,7 @@ NORM_PLACES = ("none", "qk", "ffn", "qk+ffn", "qkv+ffn", "qkvo+ffn")  # the colu
 
 # The FFN's activations: the letter in the paper's names, and the function. To add your own:
 # 1. its flag in GPTConfig, such as `use_silu: bool = False  # S: SiLU in the FFN`;
-# 2. its entry here, `"silu": ("S", nn.SiLU())`, after which --use_silu=True trains it;
+# 2. its entry here, `"silu": ("S", nn.SiLU())`, and --use_gelu=False --use_silu=True trains it;
 # 3. for private inference, its secure form beside the others in private/nonlinear.py.
 ACTIVATIONS = {
     "gelu": ("G", nn.GELU()),

@@ -223,8 +223,8 @@ def measure(weights, tokens, n, T):
                          "smaller --block_size")
     chosen = np.linspace(0, n - 1, min(windows, n)).round().astype(int)
     total = 0.0
-    parts = np.array_split(chosen, math.ceil(len(chosen) * T / 1024))  # about 1024 tokens each
-    for some in tqdm(parts, desc="measure", leave=False, delay=10):
+    parts = min(len(chosen), math.ceil(len(chosen) * T / 1024))  # of about 1024 tokens each
+    for some in tqdm(np.array_split(chosen, parts), desc="measure", leave=False, delay=10):
         x = torch.from_numpy(np.stack([tokens[w * T:(w + 1) * T] for w in some]).astype(np.int64))
         total = total + torch.stack([seen_of(A) for A in weights(x)], 1)  # (3, L, H)
     return total / len(chosen)

@@ -68,7 +68,7 @@ class Ensemble:
         named = dict(self.member.named_parameters())
         self.names, self.shapes = list(named), [p.shape for p in named.values()]
         matrices = {id(p) for p in self.member.model.param_groups(0.0)[0]["params"]}
-        decay = [torch.full((p.numel(),), cells.WEIGHT_DECAY * (id(p) in matrices))
+        decay = [torch.full((p.numel(),), cells.WEIGHT_DECAY if id(p) in matrices else 0.0)
                  for p in named.values()]
         self.decay = torch.cat(decay).to(device)                            # (N)
         self.P = torch.stack([rows[cell["seed"]] for cell in group]).to(device).requires_grad_()

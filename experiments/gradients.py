@@ -111,6 +111,7 @@ def main():
         print(f"| {row['label']} | {' | '.join(cells)} |")
     path = Path(into or out_dir) / "gradients.json"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(str(path), (json.dumps(rows) + "\n").encode())
     except OSError as e:
         die(e)

@@ -44,6 +44,14 @@ def one_after_another(model, ids, T, stride):
     return nats
 
 
+def test_line_ends_are_scored_as_they_are(out_dir, tmp_path):
+    encoding = load_tokenizer(content(out_dir)["tokenizer"])
+    (tmp_path / "text").write_bytes(b"x = 1\r\ny = 2\r\n")
+    ids, size = read_tokens(tmp_path / "text", encoding, 512)
+    assert encoding.decode(ids.tolist()) == "x = 1\r\ny = 2\r\n"
+    assert size == 14 - len(encoding.decode_single_token_bytes(ids[0]))
+
+
 def test_numbers_are_those_of_one_token_after_another(out_dir, tmp_path):
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     encoding = load_tokenizer(content(out_dir)["tokenizer"])

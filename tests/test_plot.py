@@ -165,6 +165,13 @@ def test_first_layers_that_average_are_named(tmp_path):
     assert averaging(run, 0.05).endswith("no further first layer could do without softmax")
 
 
+def test_a_context_of_more_than_1024_is_measured_window_by_window():
+    T = 1500
+    entropy, first, distance = measure(lambda x: [torch.eye(T).expand(len(x), 1, T, T)],
+                                       torch.zeros(2 * T).numpy(), 2, T)
+    assert entropy == pytest.approx(0, abs=1e-4) and first == 0
+
+
 def test_a_diverged_model_is_refused():
     with pytest.raises(ValueError, match="finite"):
         describe("SM", 128, [[float("nan")] * 4] * 3)
