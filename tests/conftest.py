@@ -21,6 +21,13 @@ sys.path.insert(0, str(ROOT))
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9"}
 
 
+def pytest_collection_modifyitems(items):
+    """A file's tests run one after the other, on what it sets up once; so do all that ask `saw`."""
+    for item in items:
+        shared = "saw" if "saw" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 def run(script, *args, status=0, timeout=240):
     """The stdout and stderr of `python script args` from the repository, which must end so."""
     env = os.environ | OFFLINE | {"PYTHONUNBUFFERED": "1"}
@@ -56,7 +63,9 @@ def refusals(script, tries):
     done = subprocess.run([sys.executable, "-c", REFUSALS, script, json.dumps(tries)], cwd=ROOT,
                           env=os.environ | OFFLINE, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == len(tries)
+    return told
 
 
 def told_by_two_parties(script, *arguments):
