@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """A file's tests run one after the other, on what it sets up once; so do all that ask `saw`."""
     for item in items:
