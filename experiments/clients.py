@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from draw import write_whole  # noqa: E402
 from machine import machine_and_commit  # noqa: E402
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
-from private.launch import free_addresses  # noqa: E402
+from private.meet import free_addresses  # noqa: E402
 
 json = ""  # write what was seen here as well
 clients = 20  # how many come

@@ -51,14 +51,14 @@ from model import GPTConfig  # noqa: E402
 from private.ahead import fixed  # noqa: E402
 from private.block import (Row, divide, join_heads, linear, now, row_attention,  # noqa: E402
                            row_of, scores, split_heads)
-from private.embed import GROUP, ROWS  # noqa: E402
+from private.embed import GROUP, PIECE  # noqa: E402
 from private.engine import CLIENT, SERVER, Engine  # noqa: E402
 from private.forms import E_BITS, EXP_BITS, S_BITS  # noqa: E402
 from private.infer import one_of_each  # noqa: E402
 from private.lookup import buckets, queries  # noqa: E402
 from private.nonlinear import (  # noqa: E402
-    EXACT, FACTOR, LOGIT_UNIT, SECURE, causal_row_max, engine_square, exponentials, normalise, only,
-    row_exponentials, secure_argmax, secure_exp, secure_exponentials, secure_gelu,
+    EXACT, FACTOR, LOGIT_UNIT, REACH, SECURE, causal_row_max, engine_square, exponentials,
+    normalise, only, row_exponentials, secure_argmax, secure_exp, secure_exponentials, secure_gelu,
     secure_normalise, secure_reciprocal, secure_row_exponentials, square)
 from private.pairs import Paired  # noqa: E402
 from private.shares import FRACTION  # noqa: E402
@@ -66,7 +66,6 @@ from private.wraps import Wraps, settle  # noqa: E402
 
 H, d, T, V = n_head, n_embd, block_size, vocab_size
 d_k = d // H
-CLIP = 2.0  # logits this far below their row's largest, in LOGIT_UNITs, weigh 0: nonlinear.py
 PAST = np.tri(T, dtype=bool)  # (T, T), the causal entries
 engine = Engine(rank, addresses, "cheetah", timeout=600, connect_timeout=60)
 rng = np.random.default_rng(0)  # both parties draw alike, and each puts in what is its own
@@ -115,7 +114,7 @@ def softmax():
     e = np.asarray(exponentials(s))
     largest = np.where(PAST, s, -np.inf).max(-1, keepdims=True)
     i, j = np.tril_indices(T)
-    u = (s - largest)[:, i, j].clip(-CLIP) + 1                                 # (H, T (T + 1) / 2)
+    u = (s - largest)[:, i, j].clip(-REACH) + 1                                 # (H, T (T + 1) / 2)
     secret_s, secret_u = shared(s), shared(u)
     in_integers = shared(s * 2.0**FRACTION)  # as the scores by shares are
 
@@ -133,7 +132,7 @@ def softmax():
     measure("row maxima", "causal_row_max", largest, causal_row_max, secret_s)
 
     def masked_after(s):
-        return only(PAST, secure_exp(jnp.maximum(s - whole_max(s), -CLIP) + 1))
+        return only(PAST, secure_exp(jnp.maximum(s - whole_max(s), -REACH) + 1))
 
     def of_known_range(s):
         return secure_exp(jnp.clip(s[:, i, j], -1, 1))
@@ -174,7 +173,8 @@ def in_pairs():
     s = q @ k.transpose(0, 2, 1)
     secret_qkv = shared(qkv)
     measure("Q K^T", "whole", s, scores, secret_qkv, fraction=S_BITS, n_head=H)
-    measure("Q K^T", "keys in pairs", FACTOR * s, scores, secret_qkv, fraction=23, n_head=H,
+    fraction = 12 + 11 + math.log2(FACTOR)  # as they are FACTOR times the logits
+    measure("Q K^T", "keys in pairs", s, scores, secret_qkv, fraction=fraction, n_head=H,
             bits=(12, 11))
 
     e = np.asarray(exponentials(s))
@@ -276,7 +276,7 @@ def last_row():
 def embedding_and_argmax():
     ids = rng.integers(0, V, T)
     wte = np.vstack((rng.integers(-9999, 9999, (V, d)), np.zeros((1, d), int)))
-    n = min(V, ROWS)
+    n = min(V, PIECE)
     hot = ids[:, None] == np.arange(n)                                         # (T, n)
     measure("embedding", "one-hot, a piece multiplied", hot @ wte[:n], jnp.matmul,
             own(CLIENT, hot, np.int32), own(SERVER, wte[:n], np.int32), times=V / n)

@@ -53,7 +53,7 @@ def party():
     import spu
 
     from private.engine import CLIENT, SERVER, Engine
-    from private.lookup import CIPHERTEXT
+    from private.nonlinear import CIPHERTEXT
     engine = Engine(rank, addresses.split(","), "cheetah", timeout=60, connect_timeout=20)
     ring = engine.rings[64]
     ring.config.cheetah_2pc_config.enable_mul_lsb_error = lsb_error

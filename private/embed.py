@@ -17,11 +17,11 @@ from private.lookup import QUERIES, buckets, queries
 from private.nonlinear import CIPHERTEXT
 from private.shares import FRACTION, HALF, apart, signed
 
-ROWS = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
+PIECE = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
 GROUP = 8    # buckets that a product takes
 # The embedding is looked up by buckets from this size and context on. Buckets take 2 QUERIES V
 # products for every column and one-hot rows T V, cheap where the vocabulary is a few pieces.
-BUCKETED_V = 8 * ROWS
+BUCKETED_V = 8 * PIECE
 BUCKETED_T = 4 * QUERIES
 BITS = 16  # the embedding is looked up in integers, in units of 2^-16
 TABLE = "wte and wpe"  # the Matrix of both
@@ -51,7 +51,7 @@ def embed(engine, embedding, c, weights, T, ids, told, whole):
     if c.vocab_size >= BUCKETED_V and T >= BUCKETED_T and not engine.plain:
         found = by_buckets(engine, c, T, table, ids, told, whole)               # (T, m)
     else:
-        pieces = in_pieces(c.vocab_size, ROWS)
+        pieces = in_pieces(c.vocab_size, PIECE)
         asked = [ids[:, None] == piece for piece in pieces] if client else None
         found = answers(engine, T, asked, pieces, table, d, told, whole)        # (T, m) each
         found = engine.op("embedding", add_up, *found)                          # (T, m)

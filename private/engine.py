@@ -24,9 +24,7 @@ from spu import libspu
 
 from private import forms, shares
 from private.meet import ROLES, quit_now, tls_files
-from private.shares import FRACTION
-
-CLIENT, SERVER, HELPER = range(3)  # ranks, in the order of ROLES
+from private.shares import CLIENT, FRACTION, SERVER
 
 
 class Ring:

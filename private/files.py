@@ -154,7 +154,7 @@ def check_bits(c, shapes, name, pair):
     first, second = pair
     most = 27 if step == "scores" else 36  # or its steps to the clip don't fit into 32 bits
     whole = type(first) is type(second) is int
-    if not whole or not 0 < first <= 18 or not 0 < second <= 18 or first + second > most:
+    if not whole or not 0 < first <= 18 or not 0 < second <= 18 or not 4 <= first + second <= most:
         raise ValueError(f"bits of {name} are {pair}")
 
 

@@ -195,8 +195,8 @@ def next_means(n, kept, means):
 # ------------------------------------------------------------------------------------ in the clear
 def forward_next(arrays, c, tokens, place, caches, f=EXACT, units=None):
     """
-    Logits (k, V) after k tokens more, in the clear, where forward() left its caches. tokens (k, V):
-    one-hot; place: a Place; f, units: as in forward().
+    What a private pass of k tokens more computes, in the clear, from where forward() left its
+    caches: logits (k, V). tokens (k, V): one-hot; place: a Place; f, units: as in forward().
     """
     units = units or [1.0] * (2 * c.n_layer + 1)
     x = tokens @ arrays["wte"] + place.at @ arrays["wpe"]                       # (k, d)

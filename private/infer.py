@@ -62,7 +62,7 @@ def infer(engine, public, weights, ids, told=silent, layers=0, reveal="logits", 
     whole = not layers or layers >= L
     client = engine.rank == CLIENT
     put = partial(put_weights, engine, public["shapes"], weights)
-    bits = bits_of(public) if engine.forms else {}
+    bits = bits_of(engine, public)
     engine.wraps = engine.by_form(begin, "watch", times=1) if engine.forms else None
     at_hand = partial(put, ahead=ahead, bits=bits)
 
@@ -130,7 +130,8 @@ def infer_next(engine, public, weights, k, tokens, cache, layers=0, reveal="logi
     x = embed_next(engine, public["embedding"], c, weights, k, tokens, positions, whole, table)
     place = put_place(engine, cache, k, c.block_size)
     inner = [i for i in layers_of(public["shapes"]) if i < L - 1]
-    for i, times in [*layers_to_run(public["shapes"], inner, layers), (L - 1, 1)]:
+    bits = bits_of(engine, public)
+    for i, times in [*layers_to_run(public["shapes"], inner, layers, bits), (L - 1, 1)]:
         op = partial(engine.op, times=times)
         x = next_block(op, x, place, cache.of(i), put(f"blocks.{i}."), c, SECURE,
                        units[2 * i:2 * i + 2])                                  # (k, d)
@@ -154,15 +155,16 @@ def units_of(public):
     return public.get("layernorm_units") or [1.0] * (2 * public["config"]["n_layer"] + 1)
 
 
-def bits_of(public):
-    """{name: (bits, bits)} of what is multiplied in pairs; a plain export has nothing."""
-    return {name: tuple(pair) for name, pair in public.get("bits", {}).items()}
+def bits_of(engine, public):
+    """{name: (bits, bits)} of what a prompt's pass makes in pairs; a plain export has nothing."""
+    found = public.get("bits", {}) if engine.forms else {}
+    return {name: tuple(pair) for name, pair in found.items()}
 
 
-def layers_to_run(shapes, layers, most, bits=()):
+def layers_to_run(shapes, layers, most, bits):
     """
     (layer, times) of the layers to run: of equal neighbours at most `most`, 0 for all, the last of
-    which stands for those that aren't run. bits: of what is multiplied in pairs.
+    which stands for those that aren't run. bits: of bits_of(), so that every pass runs the same.
     """
     for equal in equal_layers(shapes, layers, bits):
         run = equal[:most] if most else equal
@@ -215,7 +217,7 @@ def make_ahead(engine, public, weights, ahead, prompt=0, further=0, told=silent,
     shapes, server = public["shapes"], engine.rank == SERVER
     costs = engine.costs = []
     inner = [i for i in layers_of(shapes) if i < c.n_layer - 1]
-    to_run = layers_to_run(shapes, inner, layers)
+    to_run = layers_to_run(shapes, inner, layers, bits_of(engine, public))
     groups = [(f"blocks.{i}.", times, prompt + further) for i, times in to_run]
     groups += [(f"blocks.{c.n_layer - 1}.", 1, further), (HEAD, 1, bool(prompt) + further)]
 

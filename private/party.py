@@ -187,8 +187,8 @@ def perplexity(logits, targets):
     return torch.nn.functional.cross_entropy(logits, targets).exp().item()
 
 
-def write_json(path, value):
-    write_whole(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+def write_json(path, value, secret=False):
+    write_whole(path, lambda f: f.write(json.dumps(value, indent=1).encode()), secret)
 
 
 def keep(s, result, revealed, of_windows):
@@ -197,11 +197,12 @@ def keep(s, result, revealed, of_windows):
     (n, V) of all tokens of all replies, "windows" (N, T, V).
     """
     if s.json:
-        write_json(s.json, result)
+        write_json(s.json, result, secret=True)
     if s.logits_file and "token" in result and s.reveal == "logits":
         windows = np.array(of_windows, np.float32)
         all_next = np.array(revealed, np.float32)
-        write_whole(s.logits_file, lambda f: np.savez(f, next=all_next, windows=windows))
+        write_whole(s.logits_file, lambda f: np.savez(f, next=all_next, windows=windows),
+                    secret=True)
 
 
 # ------------------------------------------------------------------------------ the run

@@ -21,7 +21,7 @@ from spu import libspu
 
 VERSION = "0.9.5"  # of SPU: what a share's bytes mean is no promise of its interface
 CHUNK = 2**26      # bytes of a share in one protobuf
-CLIENT, SERVER = 0, 1  # ranks
+CLIENT, SERVER = 0, 1  # ranks, in the order of meet.ROLES
 FRACTION = 18      # bits of a float32, and those that a product of two of them drops
 HALF = 32          # bits of each where two numbers are in one, a + 2^32 b
 SPARE = 20         # and that b may lose by a shift, as wraps.py needs the other 44

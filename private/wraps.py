@@ -12,11 +12,12 @@ left side is made of the numbers as they were read, so that it is off by 2^32 ti
 r_i s_j k_ij, and by roundings, which are far less. The differences of all products of a pass are
 added up, and one comparison tells.
 
-The factors are odd numbers of either sign, drawn anew for each pass, and no secret. So a single
-wrap is always seen. Several may cancel each other, with a likelihood of 1 in 16 at most: whatever
-the other factors are, one of 32 of a row's does it at most, and one of 32 of a column's.
+The factors are odd numbers of either sign, drawn anew for each pass, and no secret. So a number
+that wraps alone is always seen, up to 2^43. Several that wrap once may cancel each other, with a
+likelihood of 1 in 16 at most: whatever the other factors are, one of 32 of a row's does it at most,
+and one of 32 of a column's.
 
-The variances of LayerNorms' rows are compared as well.
+The variances of LayerNorms' rows are compared as well, mod 2^30.
 
 Price: 8 MB of the 900 of GPT-2 small, most of it for the logits of attention: all else is read as
 64 bits anyway.
@@ -31,7 +32,7 @@ from private.shares import CLIENT, FRACTION, HALF, SPARE, truncated, without_low
 
 MOST = 31  # of the factors
 # All sums are taken times 2^SPARE, so that what b lacks above 2^44 vanishes mod 2^64.
-LIMIT = 2 ** (SPARE - 1)  # half a wrap, of what is then left without HALF low bits
+LIMIT = 2 ** (SPARE - 2)  # half of the least wrap, 2^31, as it is without HALF low bits
 VARIANCE_BITS = round(math.log2(LARGEST * 2.0**FRACTION / LIMIT))  # without which LARGEST is LIMIT
 
 
@@ -63,14 +64,17 @@ class Wraps:
         """
         The same of logits, of q (H, T, d_k) and k (H, n, d_k), two keys in one: pairs (H, T, n/2).
         As each party just takes half of its share for either, which tells nothing, these are
-        truncated here as well. Of the first rows all of the second half's keys are future.
+        truncated here as well, and so read mod 2^31: below 2^29 as they are, beyond 1.5 times 2^30
+        never so. Softmax misreads what is beyond 2^31, or a row of which two numbers are so far
+        apart: one of these is beyond 2^30, and misread here by half of all shares at least. Of the
+        first rows all of the second half's keys are future.
         """
         T, half = pairs.shape[1:]
-        both = np.concatenate((pairs << np.uint64(HALF), pairs[:, half:]), 1)
+        both = np.concatenate((pairs << np.uint64(HALF), pairs[:, half:]), 1) << np.uint64(1)
         read = engine.numbers(truncated(op, engine, both))                        # (H, .., n/2)
         first, second = k[:, :half].swapaxes(1, 2), k[:, half:].swapaxes(1, 2)    # (H, d_k, n/2)
-        self.note(q, first, read[:, :T], FRACTION - HALF)
-        self.note(q[:, half:], second, read[:, T:], FRACTION - HALF)
+        self.note(q, first, read[:, :T], FRACTION - HALF - 1)
+        self.note(q[:, half:], second, read[:, T:], FRACTION - HALF - 1)
 
     def note_variances(self, share):
         """This party's share of what enters a LayerNorm's reciprocal root."""

@@ -7,7 +7,9 @@ import torch
 from conftest import refusals, run
 from test_model import ARCHITECTURES, SMALL, build, tokens
 
-jax = pytest.importorskip("jax", reason="jax comes with spu, which needs Python 3.10 or 3.11")
+pytest.importorskip("spu", reason="spu needs Python 3.10 or 3.11")
+
+import jax  # noqa: E402
 
 from model import GPT, GPTConfig, save_checkpoint  # noqa: E402
 from pi_export import export  # noqa: E402
