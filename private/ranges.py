@@ -25,7 +25,7 @@ LIMITS = {  # of a step's numbers, where it isn't PRODUCT, because of its form i
     "relu": 2.0**15,        # as all of these activations' inputs, with 15 in 32
     "gelu": 2.0**15,
 }
-FRACTION = 18              # bits of the engine's numbers,
+FRACTION = 18              # bits of the engine's numbers, as in shares.py, which needs spu,
 STEP = 2.0**-FRACTION      # its resolution,
 EMBEDDING_STEP = 2.0**-16  # and that of embeddings, see embed.py
 NEAR = 1 / 16              # share of a limit that is warned of, since other text may go further
