@@ -13,6 +13,9 @@ import pytest
 # Scripts leave SIGHUP ignored where nohup has it so; tests send it, also under nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Two tests run at a time: threads that wait for each other busily would take turns on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -21,9 +24,13 @@ sys.path.insert(0, str(ROOT))
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9"}
 
 
+LONG = ("test_bench_spu", "test_train", "test_torchrun", "test_priced")  # minutes each
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """A file's tests run one after the other, on what it sets up once; so do all that ask `saw`."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
     for item in items:
         shared = "saw" if "saw" in item.fixturenames else item.path.stem
         item.add_marker(pytest.mark.xdist_group(shared))
