@@ -126,8 +126,8 @@ def check_tokenizer(name, source, spec, vocab_size):
 def restore(checkpoint, model, optimizer, regularizer, scaler):
     """
     Model, optimizer, regularizer (None: none), float16's scale of the loss and random numbers as
-    the checkpoint has them.
-    Returns the steps done. Raises whatever a damaged file makes torch raise.
+    the checkpoint has them. Returns the steps done. Raises whatever a damaged file makes torch
+    raise.
     """
     done = checkpoint["step"]
     if type(done) is not int or not 0 <= done < 2**31:

@@ -114,7 +114,7 @@ def softmax():
     e = np.asarray(exponentials(s))
     largest = np.where(PAST, s, -np.inf).max(-1, keepdims=True)
     i, j = np.tril_indices(T)
-    u = (s - largest)[:, i, j].clip(-REACH) + 1                                 # (H, T (T + 1) / 2)
+    u = (s - largest)[:, i, j].clip(-REACH) + 1                                # (H, T (T + 1) / 2)
     secret_s, secret_u = shared(s), shared(u)
     in_integers = shared(s * 2.0**FRACTION)  # as the scores by shares are
 

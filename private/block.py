@@ -350,10 +350,10 @@ def row_of(position, T):
 def forward(arrays, c, one_hot, f=EXACT, row=None, units=None, caches=None):
     """
     What a private pass computes, in the clear, as the tests compare it with the model: logits
-    (T, V) of one sequence, or (1, V) of position `row`. one_hot (T, V): row i
-    is the token at position i; c: the GPTConfig; f: EXACT or SECURE, whose square() means what it
-    says only where exp(x) is (1 + x/2)^2; units: of the 2 L + 1 LayerNorms; caches: a dict, which
-    gets each layer's cache.
+    (T, V) of one sequence, or (1, V) of position `row`. one_hot (T, V): row i is the token at
+    position i; c: the GPTConfig; f: EXACT or SECURE, whose square() means what it says only where
+    exp(x) is (1 + x/2)^2; units: of the 2 L + 1 LayerNorms; caches: a dict, which gets each layer's
+    cache.
     """
     T, L = len(one_hot), c.n_layer
     units = units or [1.0] * (2 * L + 1)

@@ -18,7 +18,7 @@ from private.nonlinear import CIPHERTEXT
 from private.shares import FRACTION, HALF, apart, signed
 
 PIECE = 2048  # of the embedding that a one-hot product takes: the engine encodes it whole in memory
-GROUP = 8    # buckets that a product takes
+GROUP = 8     # buckets that a product takes
 # The embedding is looked up by buckets from this size and context on. Buckets take 2 QUERIES V
 # products for every column and one-hot rows T V, cheap where the vocabulary is a few pieces.
 BUCKETED_V = 8 * PIECE

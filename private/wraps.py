@@ -73,8 +73,9 @@ class Wraps:
         both = np.concatenate((pairs << np.uint64(HALF), pairs[:, half:]), 1) << np.uint64(1)
         read = engine.numbers(truncated(op, engine, both))                        # (H, .., n/2)
         first, second = k[:, :half].swapaxes(1, 2), k[:, half:].swapaxes(1, 2)    # (H, d_k, n/2)
-        self.note(q, first, read[:, :T], FRACTION - HALF - 1)
-        self.note(q[:, half:], second, read[:, T:], FRACTION - HALF - 1)
+        bits = FRACTION - HALF - 1  # negative: read has more than the product
+        self.note(q, first, read[:, :T], bits)
+        self.note(q[:, half:], second, read[:, T:], bits)
 
     def note_variances(self, share):
         """This party's share of what enters a LayerNorm's reciprocal root."""

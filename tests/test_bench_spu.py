@@ -663,8 +663,7 @@ def placed(args, exported, tmp_path):
 
 def test_one_line_says_what_setting_is_wrong(exported, tmp_path):
     tries = [placed(args, exported, tmp_path) for args, _ in SETTINGS]
-    found = refusals("bench_spu.py", tries)
-    for (args, words), (status, said) in zip(SETTINGS, found):
+    for (args, words), (status, said) in zip(SETTINGS, refusals("bench_spu.py", tries)):
         assert status == 2, args
         assert said.startswith("error: ") and said.count("\n") == 1, (args, said)
         assert words in said, (args, said)

@@ -40,8 +40,8 @@ def with_logits(rows, key, size):
     return changed
 
 
-# From 1 to 3 times the limit a truncation now and then reads a number rightly in spite of all; a
-# logit is then right.
+# From 1 to 3 times its limit a number is now and then read rightly, and a pass may tell or not; a
+# logit there, whose limit is half of the others', softmax reads rightly in any case.
 WRAPPING = {  # of whether a pass wraps: what is multiplied, by name of the function below
     False: {"rows": [X, with_sum(1, 3, 0.99 * SUM), with_sum(T - 1, 0, -0.99 * SUM)],
             "logits": [QKV, with_logits(20, 3, 0.99 * LOGIT), with_logits([4, 5], 1, 0.99 * LOGIT),
